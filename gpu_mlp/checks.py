@@ -1,0 +1,126 @@
+"""Checks of what a caller passes in: every refusal names the argument, what came and what is accepted.
+
+A leaf: imports NumPy alone, and every room may lean on it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'relu'?` for the known name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def choice(argument: str, name: Any, known: Iterable[str]) -> str:
+    """``name`` if it is one of ``known``; otherwise a ValueError that suggests the nearest one."""
+    known = list(known)
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a name, got {type(name).__name__}; known: {', '.join(known)}")
+    if name not in known:
+        raise ValueError(f"{argument}: unknown name {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return name
+
+
+def integer(argument: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
+    """``value`` as an int within the bounds (both included)."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{argument}: expected an integer, got the bool {value}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{argument}: expected an integer, got {value!r} ({type(value).__name__})") from None
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{argument}: expected an integer of at least {minimum}, got {number}")
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{argument}: expected an integer of at most {maximum}, got {number}")
+    return number
+
+
+def real(
+    argument: str,
+    value: Any,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    *,
+    open_minimum: bool = False,
+    open_maximum: bool = False,
+) -> float:
+    """``value`` as a finite float within the bounds (each included unless it is declared open)."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
+        raise TypeError(f"{argument}: expected a number, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    accepted = _interval(minimum, maximum, open_minimum, open_maximum)
+    too_low = minimum is not None and (number < minimum or (open_minimum and number == minimum))
+    too_high = maximum is not None and (number > maximum or (open_maximum and number == maximum))
+    if not math.isfinite(number) or too_low or too_high:
+        raise ValueError(f"{argument}: expected a finite number{accepted}, got {number}")
+    return number
+
+
+def _interval(minimum: float | None, maximum: float | None, open_minimum: bool, open_maximum: bool) -> str:
+    if minimum is None and maximum is None:
+        return ""
+    left = "(-inf" if minimum is None else f"{'(' if open_minimum else '['}{minimum:g}"
+    right = "inf)" if maximum is None else f"{maximum:g}{')' if open_maximum else ']'}"
+    return f" in {left}, {right}"
+
+
+def boolean(argument: str, value: Any) -> bool:
+    """``value`` if it is a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{argument}: expected True or False, got {value!r} ({type(value).__name__})")
+    return bool(value)
+
+
+def matrix(argument: str, value: Any, columns: int | None = None) -> np.ndarray:
+    """``value`` as a (batch, columns) array of finite real numbers, in the dtype it came in; batch may be 0."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "buif" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{argument}: expected real numbers, got dtype {array.dtype}")
+    wanted = "(batch, n)" if columns is None else f"(batch, {columns})"
+    if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
+        hint = f"; for one sample use {argument}[None, :]" if array.shape == (columns,) else ""
+        raise ValueError(f"{argument}: expected shape {wanted}, got {array.shape}{hint}")
+    finite(argument, array)
+    return array
+
+
+def finite(argument: str, array: np.ndarray) -> None:
+    """A ValueError that names the first entry of ``array`` that is NaN or infinite."""
+    if array.dtype.kind in "bui" or not array.size:
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(float(array.sum(dtype=np.float64))):  # one pass without a temporary settles nearly every case
+            return
+    bad = ~np.isfinite(array)
+    if bad.any():
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(("row", "column"), np.argwhere(bad)[0]))
+        value = array[tuple(np.argwhere(bad)[0])]
+        raise ValueError(f"{argument}: {where} is {value}; every value must be finite")
+
+
+def sample_weight(value: Any, rows: int) -> np.ndarray | None:
+    """``value`` as (rows,) finite float64 weights ≥ 0 that are not all 0, or None."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"sample_weight: expected real numbers, got dtype {array.dtype}")
+    if array.shape != (rows,):
+        raise ValueError(f"sample_weight: expected shape ({rows},), one a sample, got {array.shape}")
+    finite("sample_weight", array)
+    if (array < 0).any():
+        raise ValueError(f"sample_weight: row {int(np.argmax(array < 0))} is negative ({array.min()})")
+    if rows and not array.any():
+        raise ValueError("sample_weight: every weight is 0; at least one must be positive")
+    return array.astype(np.float64, copy=False)

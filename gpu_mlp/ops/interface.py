@@ -1,0 +1,269 @@
+"""The seam: every operation that training needs, with its formula, its shapes and what it writes.
+
+Two implementations have exactly these signatures, `numpy_ops` and `cuda_ops`. An operation writes into the arrays it is
+given, allocates nothing in steady state and does not wait for the device: what changes from step to step (learning
+rate, step number, loss scale, dropout round) and what comes back (cost, norm) lives in a small array, the *state*.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..activations import Activation
+from ..losses import Loss
+from ..optimizers import SGD, Optimizer
+from ..precision import Precision
+from ..regularizers import ElasticNet
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+ALIGNMENT = 256  # bytes; the start of every W and b, for 128-bit loads and cuBLAS
+
+
+class Slot(enum.IntEnum):
+    """What stands where in the state, a float64 array of ``len(Slot)`` numbers."""
+
+    LEARNING_RATE = 0
+    STEP = 1  # updates applied so far
+    ROUND = 2  # steps begun so far, skipped ones included; the dropout masks follow it
+    LOSS_SCALE = 3
+    GOOD_STEPS = 4  # updates since the loss scale last changed
+    TOTAL_WEIGHT = 5  # Σ w over the whole batch, which L is divided by
+    COST = 6  # J of the batch so far
+    GRADIENT_NORM = 7  # ‖∂J/∂θ‖₂ of this step where it is measured, before clipping; else 0
+    EPOCH_COST = 8  # Σ J · rows over the steps since it was last set to 0
+    SKIPPED = 9  # steps skipped since the loss-scaled gradient was not finite
+    BAD_ROUND = 10  # the first round whose cost or norm was not finite, counted from 1; 0 while there is none
+
+
+class Layout:
+    """Where each W and b lies in the flat θ: W of every layer, then b of every layer, each start aligned.
+
+    With the weights in front, "the weights only" is a prefix of θ: ``n_weights`` long, of ``size`` in all. The gaps
+    between the segments hold zeros, and every update rule leaves them zero.
+    """
+
+    def __init__(self, sizes: Sequence[int], itemsize: int) -> None:
+        self._unit = ALIGNMENT // itemsize
+        shapes = [(n_out, n_in) for n_in, n_out in zip(sizes, sizes[1:])]
+        self._weights, self.n_weights = self._place(0, shapes)
+        self._biases, self.size = self._place(self.n_weights, [(n_out,) for n_out, _ in shapes])
+
+    def _place(self, offset: int, shapes: Sequence[tuple[int, ...]]) -> tuple[list[tuple[slice, tuple[int, ...]]], int]:
+        placed = []
+        for shape in shapes:
+            length = math.prod(shape)
+            placed.append((slice(offset, offset + length), shape))
+            offset += -(-length // self._unit) * self._unit
+        return placed, offset
+
+    def weights(self, flat: Array) -> list[Array]:
+        """W of every layer, (n_l, n_{l-1}) each, as views of an array of θ's size."""
+        return [flat[segment].reshape(shape) for segment, shape in self._weights]
+
+    def biases(self, flat: Array, first: int = 0) -> list[Array]:
+        """b of every layer, (n_l,) each, as views of an array of θ's size, or of one that begins at θ[first]."""
+        return [flat[segment.start - first : segment.stop - first] for segment, _ in self._biases]
+
+    def penalised(self, regularizer: ElasticNet) -> int:
+        """The length of the prefix of θ that a regularizer covers."""
+        return self.n_weights if regularizer.on == "weights" else self.size
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Inverted dropout of one layer's h: an entry is kept with probability keep and then divided by it.
+
+    The bit pattern is Philox of (seed, layer, round, row, column), see `philox.py`; ``first_row`` is the number of the
+    first row within the whole batch, so that micro-batches draw what the whole batch would.
+    """
+
+    rate: float
+    seed: int
+    layer: int
+    first_row: int = 0
+
+
+class Operations(abc.ABC):
+    """The operations of one device at one precision. Shapes: see the book's names in `network.py`."""
+
+    device: str
+    precision: Precision
+    waits: bool  # whether reading the state waits for the device
+
+    # --- arrays ---
+
+    @abc.abstractmethod
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Array:
+        """A new array with arbitrary contents."""
+
+    @abc.abstractmethod
+    def zeros(self, shape: int | Sequence[int], dtype: Any) -> Array:
+        """A new array of zeros."""
+
+    @abc.abstractmethod
+    def to_device(self, array: Any, dtype: Any = None) -> Array:
+        """``array`` on this device and in this dtype, C-order; the array itself where it is that already."""
+
+    @abc.abstractmethod
+    def to_host(self, array: Array) -> Any:
+        """``array`` as a NumPy array. Waits for the device."""
+
+    @abc.abstractmethod
+    def copy(self, source: Array, out: Array) -> None:
+        """out ← source, cast to out's dtype."""
+
+    @abc.abstractmethod
+    def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
+        """Set numbers of the state, without waiting."""
+
+    @abc.abstractmethod
+    def read_state(self, state: Array, slot: Slot) -> float:
+        """A number of the state. Waits for the device."""
+
+    @abc.abstractmethod
+    def snapshot_state(self, state: Array, slot: Slot) -> Any:
+        """A number of the state as it stands now in the queue of work; ``float()`` of it waits."""
+
+    @abc.abstractmethod
+    def gather(self, source: Array, rows: Array, out: Array) -> None:
+        """out[i] ← source[rows[i]], cast to out's dtype. source: (n, …); rows: (batch,) int64; out: (batch, …)."""
+
+    # --- forward ---
+
+    @abc.abstractmethod
+    def affine_activation(
+        self,
+        h_in: Array,
+        W: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        state: Array,
+    ) -> None:
+        """z = h_in Wᵀ + b, h = f(z), then dropout on h (algorithm 6.3).
+
+        h_in: (batch, n_in); W: (n_out, n_in); b: (n_out,). Writes h: (batch, n_out), and z: (batch, n_out) where it is
+        given (f′ reads it then). Dropout reads ROUND.
+        """
+
+    @abc.abstractmethod
+    def activate(self, f: Activation, z: Array, h: Array) -> None:
+        """h = f(z), both (batch, n); ``h`` may be ``z`` itself."""
+
+    @abc.abstractmethod
+    def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:
+        """TOTAL_WEIGHT ← Σ wᵢ over the batch, with wᵢ the sample's weight times its class's, where it has any."""
+
+    @abc.abstractmethod
+    def loss_and_gradient(
+        self,
+        loss: Loss,
+        f: Activation,
+        from_z: bool,
+        h: Array,
+        z: Array | None,
+        y: Array,
+        sample_weight: Array | None,
+        gz: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        """COST += Σ wᵢ Lᵢ / TOTAL_WEIGHT; gz = LOSS_SCALE · ∂/∂z of that; gb = Σ_batch gz.
+
+        With ``from_z`` h holds z of the output layer, and (f, loss) is one of the fused pairs; without, h = ŷ and gz is
+        gh through f′. Writes gz: (batch, n_L), and gb: (n_L,) where it is given (adds to it with ``accumulate``).
+        A TOTAL_WEIGHT of 0 gives cost and gradient 0.
+        """
+
+    # --- backward ---
+
+    @abc.abstractmethod
+    def input_gradient(
+        self,
+        gz: Array,
+        W: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        """gh = gz W, gz_in = gh ⊙ f′ (through the dropout mask), gb = Σ_batch gz_in (algorithm 6.4).
+
+        gz: (batch, n_out); W: (n_out, n_in); saved: (batch, n_in), what f′ of the layer below reads. Writes gz_in:
+        (batch, n_in) and, where it is given, gb: (n_in,) (adds to it with ``accumulate``). With f = identity and no gb,
+        gz_in is the gradient with respect to the input, gh.
+        """
+
+    @abc.abstractmethod
+    def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
+        """gW = gzᵀ h_in (or += with ``accumulate``). gz: (batch, n_out); h_in: (batch, n_in); gW: (n_out, n_in)."""
+
+    @abc.abstractmethod
+    def descend(
+        self,
+        W: Array,
+        gz: Array,
+        h_in: Array,
+        optimizer: SGD,
+        regularizer: ElasticNet | None,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
+        """W ← W − η (gzᵀ h_in + λ∇Ω(W) + weight_decay · W): plain SGD without a stored gradient; shadow ← W.
+
+        ``regularizer`` is the one on this W, or None. Reads LEARNING_RATE. A COST that is not finite leaves W as it is.
+        """
+
+    # --- update ---
+
+    @abc.abstractmethod
+    def penalty(self, theta: Array, n: int, regularizer: ElasticNet, state: Array) -> None:
+        """COST += λΩ(θ[:n])."""
+
+    @abc.abstractmethod
+    def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
+        """g[:n] += λ∇Ω(θ[:n])."""
+
+    @abc.abstractmethod
+    def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
+        """GRADIENT_NORM ← ‖g / LOSS_SCALE + λ∇Ω(θ[:n])‖₂, over all of θ."""
+
+    @abc.abstractmethod
+    def update(
+        self,
+        theta: Array,
+        g: Array,
+        moments: Sequence[Array],
+        optimizer: Optimizer,
+        layout: Layout,
+        n: int,
+        regularizer: ElasticNet | None,
+        clip_norm: float | None,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
+        """One update of all of ``theta``: unscale, add λ∇Ω(θ[:n]), clip by GRADIENT_NORM, apply the rule, shadow ← θ.
+
+        theta, g, each moment, shadow: (layout.size,), or for a rule that sees no matrices any part of them. Reads
+        LEARNING_RATE, STEP, LOSS_SCALE, COST and GRADIENT_NORM. A COST or GRADIENT_NORM that is not finite leaves
+        everything as it is, so that the last good θ is kept.
+        """
+
+    @abc.abstractmethod
+    def finish_step(self, rows: int, state: Array) -> None:
+        """Count the step: EPOCH_COST += rows · COST, STEP += 1 where it was applied, and BAD_ROUND or the loss scale
+        moves.
+
+        With loss scaling a norm that is not finite halves the scale and counts in SKIPPED; without, it is a bad round.
+        """

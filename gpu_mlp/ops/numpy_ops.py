@@ -1,0 +1,468 @@
+"""The NumPy reference: every operation of the interface on a CPU, in the open and without a copy too many.
+
+Leans on the tables for f, f′, L and the update rules. Elementwise passes run over blocks that stay in the cache, in
+place and with scratch that is allocated once. The 16-bit precisions are here to check numbers, not for speed: their
+GEMMs multiply float32 copies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import precision as precision_table
+from ..activations import Activation, Scratch
+from ..losses import FUSED, Loss
+from ..optimizers import SGD, Muon, Optimizer
+from ..precision import Precision
+from ..regularizers import ElasticNet
+from . import philox
+from .interface import ALIGNMENT, Dropout, Layout, Operations, Slot
+
+Array = NDArray[Any]
+BLOCK = 16384  # elements of one elementwise pass: six such float32 arrays fit a 512 KiB second-level cache
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class NumpyOperations(Operations):
+    """The operations on NumPy arrays; formulas, shapes and effects are those of `interface.Operations`."""
+
+    device = "cpu"
+    waits = False
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self._storage = precision.storage_dtype
+        self._compute = precision.master_dtype
+        self._scratch = _ScratchPool(self._compute)
+
+    # --- arrays ---
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Array:
+        dtype = np.dtype(dtype)
+        count = int(np.prod(shape))
+        raw = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + count * dtype.itemsize].view(dtype).reshape(shape)
+
+    def zeros(self, shape: int | Sequence[int], dtype: Any) -> Array:
+        array = self.empty(shape, dtype)
+        array[...] = 0
+        return array
+
+    def to_device(self, array: Any, dtype: Any = None) -> Array:
+        return np.ascontiguousarray(array, dtype)
+
+    def to_host(self, array: Array) -> Array:
+        return array
+
+    def copy(self, source: Array, out: Array) -> None:
+        np.copyto(out, source, casting="same_kind")
+
+    def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
+        for slot, value in values.items():
+            state[slot] = value
+
+    def read_state(self, state: Array, slot: Slot) -> float:
+        return float(state[slot])
+
+    def snapshot_state(self, state: Array, slot: Slot) -> float:
+        return float(state[slot])
+
+    def gather(self, source: Array, rows: Array, out: Array) -> None:
+        if source.dtype == out.dtype:
+            np.take(source, rows, axis=0, out=out, mode="clip")
+            return
+        for block in _row_blocks(len(rows), source[0:1].size):
+            out[block] = source[rows[block]]
+
+    # --- forward ---
+
+    def affine_activation(
+        self,
+        h_in: Array,
+        W: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        state: Array,
+    ) -> None:
+        product = self._matmul(h_in, W.T, h if z is None else z)
+        for block in _row_blocks(*h.shape):
+            zb = product[block]
+            np.add(zb, b, out=zb)
+            hb = zb if product is h else self._output_block(h, block)
+            f.f(zb, hb, self._scratch(zb.shape))
+            if dropout is not None:
+                self._mask(hb, dropout, block.start, state)
+            if hb.dtype != h.dtype:
+                h[block] = hb
+                if z is not None:
+                    z[block] = zb
+
+    def activate(self, f: Activation, z: Array, h: Array) -> None:
+        for block in _row_blocks(*z.shape):
+            zb = self._widen(1, z[block])
+            hb = self._output_block(h, block)
+            f.f(zb, hb, self._scratch(zb.shape))
+            if hb.dtype != h.dtype:
+                h[block] = hb
+
+    def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:
+        weights = _weights(loss, y, sample_weight)
+        state[Slot.TOTAL_WEIGHT] = len(y) if weights is None else weights.sum(dtype=np.float64)
+
+    def loss_and_gradient(
+        self,
+        loss: Loss,
+        f: Activation,
+        from_z: bool,
+        h: Array,
+        z: Array | None,
+        y: Array,
+        sample_weight: Array | None,
+        gz: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        total = float(state[Slot.TOTAL_WEIGHT])
+        share = 1 / total if total else 0.0
+        scale = float(state[Slot.LOSS_SCALE])
+        sums = _ColumnSums(self, gb, accumulate)
+        for block in _row_blocks(*h.shape):
+            hb, yb = self._widen(0, h[block]), y[block]
+            t = self._scratch(hb.shape)
+            g = gz[block] if gz.dtype == self._compute else self._scratch.wide(1, hb.shape)
+            values = FUSED[f.name, loss.name](loss, hb, yb, g, t) if from_z else loss.rows(hb, yb, g, t)
+            weights = _weights(loss, yb, None if sample_weight is None else sample_weight[block])
+            if weights is None:
+                state[Slot.COST] += values.sum(dtype=np.float64) * share
+                np.multiply(g, share * scale, out=g)
+            else:
+                state[Slot.COST] += np.dot(values, weights) * share
+                np.multiply(g, (weights * (share * scale)).astype(g.dtype)[:, None], out=g)
+            if not from_z:
+                saved = h if f.reads == "h" or z is None else z
+                f.df(g, self._widen(0, saved[block]), t)
+            sums.add(g)
+            if g.dtype != gz.dtype:
+                gz[block] = g
+
+    # --- backward ---
+
+    def input_gradient(
+        self,
+        gz: Array,
+        W: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        gh = self._matmul(gz, W, gz_in)
+        if f.reads == "none" and dropout is None and gb is None:
+            if gh is not gz_in:
+                gz_in[...] = gh
+            return
+        sums = _ColumnSums(self, gb, accumulate)
+        for block in _row_blocks(*gz_in.shape):
+            g = gh[block]
+            if dropout is not None:
+                self._mask(g, dropout, block.start, state)
+            if saved is not None:
+                s = self._widen(0, saved[block])
+                if dropout is not None and f.reads == "h":  # h was divided by keep; where it was dropped, g is 0
+                    s = np.multiply(s, _keep(dropout), out=self._scratch.wide(0, g.shape))
+                f.df(g, s, self._scratch(g.shape))
+            sums.add(g)
+            if gh is not gz_in:
+                gz_in[block] = g
+
+    def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
+        if accumulate:
+            product = self._matmul(gz.T, h_in, self._scratch.matrix(0, gW.shape))
+            np.add(gW, product, out=gW)
+        else:
+            self._matmul(gz.T, h_in, gW)
+
+    def descend(
+        self,
+        W: Array,
+        gz: Array,
+        h_in: Array,
+        optimizer: SGD,
+        regularizer: ElasticNet | None,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
+        gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape))
+        theta, g = W.reshape(-1), gW.reshape(-1)
+        if not np.isfinite(state[Slot.COST]):
+            return
+        c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), 1)
+        for block in _blocks(0, theta.size):
+            s = self._scratch(block.stop - block.start)
+            _add_penalty_gradient(theta[block], regularizer, g[block], s.a)
+            optimizer.rule(theta[block], g[block], (), c, (s.a, s.b))
+        if shadow is not None:
+            shadow[...] = W
+
+    # --- update ---
+
+    def penalty(self, theta: Array, n: int, regularizer: ElasticNet, state: Array) -> None:
+        total = 0.0
+        for block in _blocks(0, n):
+            part = theta[block]
+            if regularizer.l2:
+                total += 0.5 * regularizer.l2 * float(np.dot(part, part))
+            if regularizer.l1:
+                total += regularizer.l1 * float(np.abs(part, out=self._scratch(part.size).a).sum())
+        state[Slot.COST] += total
+
+    def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
+        for block in _blocks(0, n):
+            _add_penalty_gradient(theta[block], regularizer, g[block], self._scratch(block.stop - block.start).a)
+
+    def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
+        total = 0.0
+        for block, covered in _update_blocks(0, theta.size, n):
+            gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state)
+            total += float(np.dot(gb, gb))
+        state[Slot.GRADIENT_NORM] = np.sqrt(total)
+
+    def update(
+        self,
+        theta: Array,
+        g: Array,
+        moments: Sequence[Array],
+        optimizer: Optimizer,
+        layout: Layout,
+        n: int,
+        regularizer: ElasticNet | None,
+        clip_norm: float | None,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
+        norm = float(state[Slot.GRADIENT_NORM])
+        if not (np.isfinite(norm) and np.isfinite(state[Slot.COST])):
+            return
+        clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + CLIP_EPS))
+        c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), int(state[Slot.STEP]) + 1)
+        first = 0
+        if isinstance(optimizer, Muon):
+            self._update_matrices(theta, g, moments, optimizer, layout, regularizer, clip, c[0], state)
+            first = layout.n_weights
+        for block, covered in _update_blocks(first, theta.size, n):
+            s = self._scratch(block.stop - block.start)
+            gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state, clip)
+            optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
+        if shadow is not None:
+            np.copyto(shadow, theta, casting="same_kind")
+
+    def finish_step(self, rows: int, state: Array) -> None:
+        state[Slot.EPOCH_COST] += rows * state[Slot.COST]
+        finite = np.isfinite(state[Slot.GRADIENT_NORM])
+        if not np.isfinite(state[Slot.COST]) or not (finite or self.precision.loss_scaled):
+            state[Slot.BAD_ROUND] = state[Slot.BAD_ROUND] or state[Slot.ROUND] + 1
+        elif finite:
+            state[Slot.STEP] += 1
+        if self.precision.loss_scaled:
+            self._move_loss_scale(finite, state)
+
+    # --- inside ---
+
+    def _move_loss_scale(self, finite: bool, state: Array) -> None:
+        state[Slot.GOOD_STEPS] = state[Slot.GOOD_STEPS] + 1 if finite else 0
+        if not finite:
+            state[Slot.LOSS_SCALE] *= precision_table.LOSS_SCALE_BACKOFF
+            state[Slot.SKIPPED] += 1
+        elif state[Slot.GOOD_STEPS] == precision_table.LOSS_SCALE_INTERVAL:
+            state[Slot.LOSS_SCALE] *= precision_table.LOSS_SCALE_GROWTH
+            state[Slot.GOOD_STEPS] = 0
+
+    def _matmul(self, a: Array, b: Array, out: Array) -> Array:
+        """a b in ``out``, or in a new float32 array where ``out`` or a factor is of a 16-bit type."""
+        if a.dtype == b.dtype == out.dtype == self._compute:
+            return np.matmul(a, b, out=out)
+        product = np.matmul(a.astype(self._compute), b.astype(self._compute))
+        if out.dtype == self._compute:
+            out[...] = product
+            return out
+        return product
+
+    def _output_block(self, h: Array, block: slice) -> Array:
+        """Where f writes a block of h: there, or in scratch where h is of a 16-bit type."""
+        return h[block] if h.dtype == self._compute else self._scratch.wide(0, h[block].shape)
+
+    def _widen(self, i: int, block: Array) -> Array:
+        """``block`` itself, or its copy in the type that sums run in."""
+        if block.dtype == self._compute:
+            return block
+        wide = self._scratch.wide(i, block.shape)
+        wide[...] = block
+        return wide
+
+    def _mask(self, block: Array, dropout: Dropout, start: int, state: Array) -> None:
+        """Drop entries of a block that begins at row ``start`` of the micro-batch, and divide the rest by keep."""
+        threshold = philox.keep_threshold(dropout.rate)
+        rows = dropout.first_row + start
+        bits = philox.bits(dropout.seed, dropout.layer, int(state[Slot.ROUND]), rows, block.shape)
+        kept = np.less(bits, threshold, out=self._scratch(block.shape).mask)
+        np.multiply(block, kept, out=block)
+        np.multiply(block, 1 / _keep(dropout), out=block)
+
+    def _effective_gradient(
+        self, theta: Array, g: Array, block: slice, regularizer: ElasticNet | None, state: Array, clip: float = 1.0
+    ) -> Array:
+        """clip · (g / LOSS_SCALE + λ∇Ω) of one block, in scratch."""
+        out = self._scratch.wide(0, block.stop - block.start)
+        np.multiply(g[block], 1 / float(state[Slot.LOSS_SCALE]), out=out)
+        _add_penalty_gradient(theta[block], regularizer, out, self._scratch(out.shape).a)
+        if clip != 1.0:
+            np.multiply(out, clip, out=out)
+        return out
+
+    def _update_matrices(
+        self,
+        theta: Array,
+        g: Array,
+        moments: Sequence[Array],
+        muon: Muon,
+        layout: Layout,
+        regularizer: ElasticNet | None,
+        clip: float,
+        lr: float,
+        state: Array,
+    ) -> None:
+        """Muon's step for every W: the one rule whose elements mix."""
+        factor = clip / float(state[Slot.LOSS_SCALE])
+        for W, gW, m in zip(layout.weights(theta), layout.weights(g), layout.weights(moments[0])):
+            short = min(W.shape)
+            squares = [self._scratch.matrix(i, (short, short)) for i in (0, 1)]
+            y, u = self._scratch.matrix(2, W.shape), self._scratch.matrix(3, W.shape)
+            np.multiply(gW, factor, out=u)
+            if regularizer is not None:
+                _add_penalty_gradient(W, ElasticNet(clip * regularizer.l1, clip * regularizer.l2), u, y)
+            muon.direction(u, m, y)
+            muon.orthogonalise(u, (squares[0], squares[1], y))
+            np.multiply(u, lr * muon.rate(W.shape), out=u)
+            np.multiply(W, 1 - lr * muon.weight_decay, out=W)
+            np.subtract(W, u, out=W)
+
+
+class _ScratchPool(threading.local):
+    """Scratch of one thread, so that one network can predict from several: grown on demand, then reused."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._flat: dict[str, Array] = {}
+        self._views: dict[Any, Any] = {}
+
+    def __call__(self, shape: Any) -> Scratch:
+        """The temporaries that a table's functions take."""
+        key = ("t", shape)
+        if key not in self._views:
+            a, b, c = (self._view(name, shape, self._dtype) for name in "abc")
+            self._views[key] = Scratch(a, b, c, self._view("mask", shape, np.dtype(bool)))
+        return self._views[key]
+
+    def wide(self, i: int, shape: Any) -> Array:
+        """One of two further blocks."""
+        return self._cached(f"wide{i}", shape)
+
+    def matrix(self, i: int, shape: Any) -> Array:
+        """One of four buffers as large as the largest W that asks for it."""
+        return self._cached(f"matrix{i}", shape)
+
+    def _cached(self, name: str, shape: Any) -> Array:
+        key = (name, shape)
+        if key not in self._views:
+            self._views[key] = self._view(name, shape, self._dtype)
+        return self._views[key]
+
+    def _view(self, name: str, shape: Any, dtype: np.dtype) -> Array:
+        count = int(np.prod(shape))
+        if name not in self._flat or self._flat[name].size < count:
+            self._flat[name] = np.empty(max(count, BLOCK), dtype)
+            self._views.clear()  # views of a buffer that has been replaced would keep it alive
+        return self._flat[name][:count].reshape(shape)
+
+
+class _ColumnSums:
+    """Σ over the batch of blocks of rows, each summed by BLAS and then added, so that the order is fixed."""
+
+    def __init__(self, ops: NumpyOperations, out: Array | None, accumulate: bool) -> None:
+        self._out = out
+        if out is not None:
+            self._part = ops._scratch.wide(1, out.shape) if ops._storage == ops._compute else np.empty_like(out)
+            if not accumulate:
+                out[...] = 0
+
+    def add(self, block: Array) -> None:
+        if self._out is not None:
+            ones = _ones(len(block), block.dtype)
+            np.add(self._out, np.dot(ones, block, out=self._part), out=self._out)
+
+
+_ONES: dict[np.dtype, Array] = {}
+
+
+def _ones(n: int, dtype: np.dtype) -> Array:
+    if dtype not in _ONES or _ONES[dtype].size < n:
+        _ONES[dtype] = np.ones(max(n, BLOCK), dtype)
+    return _ONES[dtype][:n]
+
+
+def _keep(dropout: Dropout) -> float:
+    """The exact probability with which the mask keeps an entry."""
+    return philox.keep_threshold(dropout.rate) / philox.LEVELS
+
+
+def _blocks(first: int, last: int) -> Iterator[slice]:
+    for start in range(first, last, BLOCK):
+        yield slice(start, min(start + BLOCK, last))
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _update_blocks(first: int, last: int, n: int) -> Iterator[tuple[slice, bool]]:
+    """Blocks of first … last, each with whether it lies in the prefix of length ``n`` that the regularizer covers."""
+    for block in _blocks(first, max(first, n)):
+        yield block, True
+    for block in _blocks(max(first, n), last):
+        yield block, False
+
+
+def _weights(loss: Loss, y: Array, sample_weight: Array | None) -> Array | None:
+    """The weight of every row: the sample's times its class's; None where all are 1."""
+    by_class = loss.label_weights(y)
+    if by_class is None or sample_weight is None:
+        return by_class if sample_weight is None else sample_weight
+    return by_class * sample_weight
+
+
+def _add_penalty_gradient(theta: Array, regularizer: ElasticNet | None, g: Array, scratch: Array) -> None:
+    """g += l1 · sign(θ) + l2 · θ, in place."""
+    if regularizer is None:
+        return
+    if regularizer.l2:
+        np.multiply(theta, regularizer.l2, out=scratch)
+        np.add(g, scratch, out=g)
+    if regularizer.l1:
+        np.sign(theta, out=scratch)
+        np.multiply(scratch, regularizer.l1, out=scratch)
+        np.add(g, scratch, out=g)

@@ -1,0 +1,539 @@
+"""The trainer: minibatches through a network, an optimizer's update after each, and what surrounds that in a real run.
+
+Leans on `network` for the passes and on `ops` for the update. One update is `Trainer._step`; one run is `Trainer.fit`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks, data, losses, metrics, optimizers, regularizers, schedules
+from .history import EarlyStopping, History
+from .losses import Loss
+from .network import MLP
+from .ops.interface import Array, Dropout, Slot
+from .optimizers import LBFGS, SGD, Optimizer
+from .precision import INITIAL_LOSS_SCALE
+from .progress import Progress
+from .regularizers import ElasticNet
+from .schedules import PlateauState, Schedule
+from .workspace import Workspace
+
+Callback = Callable[["Trainer", "dict[str, float]"], Any]
+
+
+class Diverged(ArithmeticError):
+    """The cost or the gradient was not finite; the message says where. The network holds the last good weights."""
+
+
+class Trainer:
+    """Trains ``net`` to lower J = L + λΩ.
+
+    loss: a name or a `losses.Loss`; None takes the output activation's own (softmax: cross_entropy, identity: mse, …).
+    optimizer: a name or an `optimizers.Optimizer`; regularizer: L1, L2 or ElasticNet.
+    schedule: a name or a `schedules.Schedule`; None keeps the optimizer's learning rate.
+    clip_norm: the gradient is scaled down to this global norm where it is longer.
+    accumulate: a batch goes through the network in this many micro-batches, one after the other, for the same update
+    with a fraction of the memory.
+    apply_at_once: apply each layer's gradient as soon as it is ready and store none; only plain SGD can. None means
+    whenever that is possible.
+    seed: of the shuffles; None takes the network's.
+
+    A trainer goes on where it stopped: a second `fit` continues moments, step number and shuffles.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        loss: str | Loss | None = None,
+        optimizer: str | Optimizer = "adam",
+        regularizer: ElasticNet | None = None,
+        schedule: str | Schedule | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        apply_at_once: bool | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(net, MLP):
+            raise TypeError(f"net: expected an MLP, got {type(net).__name__}")
+        self.net = net
+        self.loss = losses.get(losses.DEFAULT_LOSS.get(net.output, "mse") if loss is None else loss)
+        self.loss.check_output(net.output, net.sizes[-1])
+        self.optimizer = optimizers.get(optimizer)
+        self.regularizer = regularizers.check(regularizer)
+        self.schedule = schedules.get(schedule)
+        self.clip_norm = None if clip_norm is None else checks.real("clip_norm", clip_norm, 0, open_minimum=True)
+        self.accumulate = checks.integer("accumulate", accumulate, 1)
+        self.seed = net.seed if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
+        self.apply_at_once = self._can_apply_at_once(apply_at_once)
+        self.epoch = 0  # epochs begun, over all fits
+        self.rounds = 0  # steps begun, over all fits
+        self.plateau = PlateauState()
+        self._check_full_batch()
+        self._allocate()
+
+    # --- one update ---
+
+    def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
+        """One update on one batch; the cost J before it, whose ``float()`` waits for the device.
+
+        x: (batch, n_0); y and sample_weight as in `MLP.cost`. Raises Diverged where the cost is not finite (on a device
+        that has to be waited for: at a later step), ValueError or TypeError for bad input.
+        """
+        if isinstance(self.optimizer, LBFGS):
+            raise ValueError("optimizer: L-BFGS works on the whole data set; use fit, not step")
+        x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
+        self.net._refresh()
+        self._step(self.net._input(x), y, w, schedules.get(self.schedule), self._workspace(len(x)))
+        if not self.net._ops.waits:
+            self._refuse_divergence()
+        return self.net._ops.snapshot_state(self._state, Slot.COST)
+
+    def _step(self, x: Array, y: Array, w: Array | None, schedule: Schedule, work: Workspace) -> None:
+        """One update: the passes over every micro-batch, then the rule. x, y, w lie on the device, checked."""
+        net, ops, state = self.net, self.net._ops, self._state
+        rate = self.plateau_rate(schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
+        ops.write_state(
+            state, {Slot.LEARNING_RATE: rate, Slot.ROUND: self.rounds, Slot.COST: 0.0, Slot.GRADIENT_NORM: 0.0}
+        )
+        ops.total_weight(self.loss, y, w, state)
+        if self.regularizer is not None:
+            ops.penalty(net._theta, self._penalised, self.regularizer, state)
+        net._differentiate(x, y, w, self.loss, work, self._gb, self._sink, state, self._dropout)
+        self._update()
+        ops.finish_step(len(x), state)
+        self.rounds += 1
+
+    def _update(self) -> None:
+        """Hand the gradient to the optimizer: all of it, or only the biases' where the weights have had theirs."""
+        net, ops, state, n = self.net, self.net._ops, self._state, self._penalised
+        theta, shadow = net._theta, net._shadow
+        if self.apply_at_once:
+            theta, n = theta[net.layout.n_weights :], max(0, n - net.layout.n_weights)
+            shadow = None if shadow is None else shadow[net.layout.n_weights :]
+        if self.clip_norm is not None or net._precision.loss_scaled:
+            ops.gradient_norm(theta, self._g, n, self.regularizer, state)
+        ops.update(
+            theta, self._g, list(self.moments.values()), self.optimizer, net.layout, n,
+            self.regularizer, self.clip_norm, shadow, state,
+        )  # fmt: skip
+
+    def _descend(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
+        """The sink that applies a layer's gradient at once."""
+        net, rule = self.net, cast(SGD, self.optimizer)
+        shadow = None if net._shadow is None else net._W[l]
+        net._ops.descend(self._W[l], gz, h, rule, self.regularizer, shadow, self._state)
+
+    def plateau_rate(self, rate: float) -> float:
+        """``rate`` after the cuts that a plateau schedule has made."""
+        plateau = schedules.plateau_of(self.schedule)
+        return rate if plateau is None else self.plateau.reduce(plateau, rate)
+
+    # --- one run ---
+
+    def fit(
+        self,
+        data: Sequence[Any],
+        epochs: int = 20,
+        batch_size: int = 128,
+        validation: Sequence[Any] | float | None = None,
+        progress: bool = True,
+        shuffle: bool = True,
+        callbacks: Sequence[Callback] = (),
+        early_stopping: EarlyStopping | None = None,
+        metrics: Sequence[str] | None = None,
+    ) -> History:
+        """Train for ``epochs`` passes over the data and return what happened.
+
+        data: (x, y) or (x, y, sample_weight). batch_size: rows of one update; the last of an epoch may have fewer.
+        validation: the like of ``data``, or the fraction of the data to hold out (stratified where y are labels).
+        callbacks: each is called as ``callback(trainer, row)`` after an epoch, and ends the run by returning True.
+        metrics: names from accuracy, top_K_accuracy, rmse, r2, worked out on the validation part.
+
+        Ctrl-C ends the run after the step at hand, with a warning; a second one interrupts at once. A cost that is not
+        finite raises Diverged; the network then holds the weights from the end of the last good epoch.
+        """
+        run = _Run(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
+        shown = Progress(epochs, run.n, checks.boolean("progress", progress))
+        try:
+            with _interrupt_between_steps() as interrupted:
+                if isinstance(self.optimizer, LBFGS):
+                    run.minimise(shown, interrupted)
+                else:
+                    run.descend(shown, interrupted)
+        finally:
+            shown.close()
+        if run.history.stopped == "interrupted":
+            warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=2)
+        return run.history
+
+    def evaluate(
+        self, x: Any, y: Any, sample_weight: Any = None, metrics: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`."""
+        x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
+        names = _check_metrics(metrics, self.loss, self.net.sizes[-1])
+        return self._evaluate(x, y, w, names)
+
+    def _evaluate(self, x: NDArray[Any], y: Array, w: Array | None, names: Sequence[str]) -> dict[str, float]:
+        net, ops = self.net, self.net._ops
+        merits = [metrics.make(name, self.loss.name, net.sizes[-1]) for name in names]
+        from_z = net.fuses(self.loss)
+        net._begin(self.loss, y, w)
+        for rows, work in net._predict(x, from_z):
+            part = None if w is None else w[rows]
+            net._add_loss(work, self.loss, y[rows], part)
+            if from_z:
+                ops.activate(net._f[-1], work.h[-1], work.h[-1])
+            for merit in merits:
+                merit.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
+        return {"loss": ops.read_state(net._state, Slot.COST), **{merit.name: merit.value() for merit in merits}}
+
+    # --- inside ---
+
+    def _can_apply_at_once(self, wanted: bool | None) -> bool:
+        obstacles = {
+            "the optimizer is not plain SGD": not (isinstance(self.optimizer, SGD) and self.optimizer.plain),
+            "clip_norm needs the whole gradient first": self.clip_norm is not None,
+            "accumulate needs a stored gradient": self.accumulate > 1,
+            "float16's loss scaling needs the whole gradient first": self.net._precision.loss_scaled,
+        }
+        reasons = [reason for reason, stands in obstacles.items() if stands]
+        if wanted and reasons:
+            raise ValueError(f"apply_at_once: not possible: {'; '.join(reasons)}")
+        return not reasons if wanted is None else wanted
+
+    def _check_full_batch(self) -> None:
+        """L-BFGS needs a deterministic J, and takes its own steps."""
+        if not isinstance(self.optimizer, LBFGS):
+            return
+        for argument, value in (("dropout", any(self.net.dropout)), ("clip_norm", self.clip_norm is not None)):
+            if value:
+                raise ValueError(f"{argument}: L-BFGS minimises J itself, so it can have none")
+        if not isinstance(self.schedule, schedules.Constant):
+            raise ValueError("schedule: L-BFGS finds its step by line search, so it can have none")
+        if self.net._precision.has_shadow:
+            raise ValueError(f"precision: L-BFGS needs float64, float32 or tf32, not {self.net.precision!r}")
+
+    def _allocate(self) -> None:
+        """The gradient (the biases' part of it where the weights' is applied at once), the moments, and the state."""
+        net, ops = self.net, self.net._ops
+        master = net._precision.master_dtype
+        first = net.layout.n_weights if self.apply_at_once else 0
+        self._g = ops.zeros(net.layout.size - first, master)
+        self._gb = net.layout.biases(self._g, first)
+        self._sink = self._descend if self.apply_at_once else net._store(net.layout.weights(self._g))
+        self.moments = {name: ops.zeros(net.layout.size, master) for name in self.optimizer.moments}
+        for name, moment in self.moments.items():
+            moment[...] = self.optimizer.initial(name)
+        self._state = net._new_state()
+        if net._precision.loss_scaled:
+            ops.write_state(self._state, {Slot.LOSS_SCALE: INITIAL_LOSS_SCALE})
+        self._W = net.layout.weights(net._theta)
+        self._penalised = 0 if self.regularizer is None else net.layout.penalised(self.regularizer)
+        self._work: Workspace | None = None
+
+    def _workspace(self, rows: int) -> Workspace:
+        """The buffers for batches of up to ``rows`` rows, each cut into micro-batches."""
+        micro = -(-max(1, rows) // self.accumulate)
+        if self._work is None or self._work.rows < micro:
+            self._work = Workspace(self.net._ops, self.net.sizes, self.net._f, self.net.fuses(self.loss), micro)
+        return self._work.first(micro)
+
+    def _dropout(self, first_row: int) -> list[Dropout | None]:
+        """The masks of every layer for the micro-batch that begins at ``first_row``; the output layer has none."""
+        rates = (*self.net.dropout, 0.0)
+        return [Dropout(rate, self.net.seed, l, first_row) if rate else None for l, rate in enumerate(rates)]
+
+    def _refuse_divergence(self) -> None:
+        """Raise Diverged if a step's cost or gradient norm was not finite."""
+        bad = int(self.net._ops.read_state(self._state, Slot.BAD_ROUND))
+        if bad:
+            where = self._where_not_finite()
+            self.net._ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
+            raise Diverged(
+                f"step {bad}: the {'cost' if where else 'gradient'} is not finite{where}; "
+                "the last good weights are kept (a lower learning rate or clip_norm helps in most cases)"
+            )
+
+    def _where_not_finite(self) -> str:
+        """Which layer's values left the finite numbers first in the last forward pass."""
+        if math.isfinite(self.net._ops.read_state(self._state, Slot.COST)):
+            return ""
+        for l, h in enumerate(self._work.h[1:] if self._work else ()):
+            if h is not None and not np.isfinite(self.net._ops.to_host(h).astype(np.float64)).all():
+                return f", first in layer {l}"
+        return ", first in the loss"
+
+
+class _Run:
+    """One call of `Trainer.fit`: its data, checked and on the device, its history, and the loop over the epochs."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Sequence[Any],
+        epochs: int,
+        batch_size: int,
+        validation: Sequence[Any] | float | None,
+        shuffle: bool,
+        callbacks: Sequence[Callback],
+        early_stopping: EarlyStopping | None,
+        names: Sequence[str] | None,
+    ) -> None:
+        self.trainer, self.net = trainer, trainer.net
+        self.epochs = checks.integer("epochs", epochs, 1)
+        self.x, self.y, self.w = self._check("data", dataset)
+        self.validation = self._check_validation(validation)
+        self.n = len(self.x)
+        self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
+        self.shuffle = checks.boolean("shuffle", shuffle)
+        self.callbacks = list(callbacks)
+        if not all(callable(callback) for callback in self.callbacks):
+            raise TypeError("callbacks: every one must be callable as callback(trainer, row)")
+        if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
+            raise TypeError(f"early_stopping: expected an EarlyStopping, got {type(early_stopping).__name__}")
+        self.early_stopping = early_stopping
+        self.names = _check_metrics(names, trainer.loss, self.net.sizes[-1])
+        self.history = History(self._monitor())
+        self._best: NDArray[Any] | None = None
+        self._good = self._remember()
+
+    # --- what is trained on ---
+
+    def _check(self, argument: str, dataset: Any) -> tuple[NDArray[Any], Array, Array | None]:
+        if not isinstance(dataset, (tuple, list)) or len(dataset) not in (2, 3):
+            raise TypeError(f"{argument}: expected (x, y) or (x, y, sample_weight), got {type(dataset).__name__}")
+        x, y, *w = dataset
+        try:
+            x, y, weight, _ = self.net._check_batch(x, y, w[0] if w else None, self.trainer.loss)
+        except (TypeError, ValueError) as error:
+            if argument == "data":
+                raise
+            raise type(error)(f"{argument}: {error}") from None
+        if not len(x):
+            raise ValueError(f"{argument}: no rows")
+        return x, y, weight
+
+    def _check_validation(self, validation: Any) -> tuple[NDArray[Any], Array, Array | None] | None:
+        if validation is None or isinstance(validation, (tuple, list)):
+            return None if validation is None else self._check("validation", validation)
+        fraction = checks.real("validation", validation, 0, 1, open_minimum=True, open_maximum=True)
+        if len(self.x) < 2:
+            raise ValueError(f"validation: {len(self.x)} rows cannot be split")
+        stratify = self.y if self.y.ndim == 1 else None
+        kept, held = data.split(len(self.x), fraction, self.trainer.seed, stratify)
+        part = self.x[held], self.y[held], None if self.w is None else self.w[held]
+        self.x, self.y, self.w = self.x[kept], self.y[kept], None if self.w is None else self.w[kept]
+        return part
+
+    def _monitor(self) -> str:
+        columns = ["cost"]
+        if self.validation is not None:
+            columns += ["validation_loss", *(f"validation_{name}" for name in self.names)]
+        wanted = None if self.early_stopping is None else self.early_stopping.monitor
+        if wanted is None:
+            return "cost" if self.validation is None else "validation_loss"
+        return checks.choice("monitor", wanted, columns)
+
+    # --- minibatch descent ---
+
+    def descend(self, progress: Progress, interrupted: threading.Event) -> None:
+        """Every epoch: shuffled minibatches, an update for each, then validation."""
+        trainer, ops = self.trainer, self.net._ops
+        steps = -(-self.n // self.batch_size)
+        schedule = trainer.schedule.over(trainer.rounds + steps * self.epochs, trainer.epoch + self.epochs)
+        work = trainer._workspace(self.batch_size)
+        batch = self._batch_buffers()
+        self.net._refresh()
+        for _ in range(self.epochs):
+            started = time.perf_counter()
+            trainer.epoch += 1
+            ops.write_state(trainer._state, {Slot.EPOCH_COST: 0.0})
+            for rows in self._minibatches():
+                trainer._step(*self._gather(rows, batch), schedule, work)
+                progress.advance(rows.stop - rows.start if isinstance(rows, slice) else len(rows))
+                if not ops.waits:
+                    self._refuse_divergence()
+                if interrupted.is_set():
+                    break
+            if interrupted.is_set():
+                self._finish("interrupted")
+                return
+            self._refuse_divergence()
+            cost = ops.read_state(trainer._state, Slot.EPOCH_COST) / self.n
+            rate = ops.read_state(trainer._state, Slot.LEARNING_RATE)
+            reason = self._end_epoch(cost, rate, started, progress)
+            if reason:
+                self._finish(reason)
+                return
+        self._finish("completed")
+
+    def _minibatches(self) -> Iterator[Any]:
+        order = data.epoch_order(self.n, self.trainer.seed, self.trainer.epoch - 1) if self.shuffle else None
+        return data.minibatches(self.n, self.batch_size, order)
+
+    def _batch_buffers(self) -> tuple[Array, Array, Array | None]:
+        ops, storage = self.net._ops, self.net._precision.storage_dtype
+        x = ops.empty((self.batch_size, self.x.shape[1]), storage)
+        y = ops.empty((self.batch_size, *self.y.shape[1:]), self.y.dtype)
+        return x, y, None if self.w is None else ops.empty(self.batch_size, self.w.dtype)
+
+    def _gather(self, rows: Any, batch: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+        """The rows of one minibatch, in the batch buffers."""
+        ops = self.net._ops
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        x, y, w = (buffer if buffer is None else buffer[:n] for buffer in batch)
+        for source, out in ((self.x, x), (self.y, y), (self.w, w)):
+            if out is None:
+                continue
+            if isinstance(rows, slice):
+                ops.copy(source[rows], out)
+            else:
+                ops.gather(source, rows, out)
+        return x, y, w
+
+    # --- L-BFGS ---
+
+    def minimise(self, progress: Progress, interrupted: threading.Event) -> None:
+        """SciPy's L-BFGS-B on J(θ) over the whole data set; an iteration counts as an epoch."""
+        from scipy.optimize import minimize
+
+        trainer, net = self.trainer, self.net
+        rule = cast(LBFGS, trainer.optimizer)
+        started, reason = time.perf_counter(), ""
+
+        def objective(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            net._theta[...] = theta
+            cost = self._full_gradient()
+            progress.advance(self.n)
+            return cost, net._ops.to_host(trainer._g).astype(np.float64)
+
+        def end_iteration(intermediate_result: Any) -> None:
+            nonlocal started, reason
+            trainer.epoch += 1
+            trainer.rounds += 1
+            net._theta[...] = intermediate_result.x
+            reason = self._end_epoch(float(intermediate_result.fun), 1.0, started, progress)
+            started = time.perf_counter()
+            if interrupted.is_set():
+                reason = "interrupted"
+            if reason:
+                raise StopIteration
+
+        options = {
+            "maxcor": rule.history_size,
+            "gtol": rule.tolerance_grad,
+            "ftol": rule.tolerance_change,
+            "maxiter": self.epochs,
+            "maxfun": rule.max_eval,
+        }
+        start = net._ops.to_host(net._theta).astype(np.float64)
+        result = minimize(objective, start, jac=True, method="L-BFGS-B", callback=end_iteration, options=options)
+        net._theta[...] = result.x
+        self._finish(reason or ("converged" if result.success else "completed"))
+
+    def _full_gradient(self) -> float:
+        """J over the whole data set; its gradient, λ∇Ω included, in the trainer's gradient."""
+        trainer, net, ops = self.trainer, self.net, self.net._ops
+        state, g = trainer._state, trainer._g
+        ops.write_state(state, {Slot.COST: 0.0})
+        ops.total_weight(trainer.loss, self.y, self.w, state)
+        work = trainer._workspace(net._chunk_rows(self.n))
+        net._differentiate(self.x, self.y, self.w, trainer.loss, work, trainer._gb, trainer._sink, state)
+        if trainer.regularizer is not None:
+            ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
+            ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)
+        return ops.read_state(state, Slot.COST)
+
+    # --- the end of an epoch, the end of a run ---
+
+    def _end_epoch(self, cost: float, rate: float, started: float, progress: Progress) -> str:
+        """Validate, write the row, remember what is worth it; the reason to stop here, or an empty string."""
+        trainer = self.trainer
+        seconds = time.perf_counter() - started
+        row: dict[str, float] = {
+            "epoch": trainer.epoch, "step": trainer.rounds, "cost": cost, "learning_rate": rate,
+        }  # fmt: skip
+        row |= {"seconds": seconds, "samples_per_second": self.n / max(seconds, 1e-9)}
+        if self.validation is not None:
+            figures = trainer._evaluate(*self.validation, self.names)
+            row |= {f"validation_{name}": figure for name, figure in figures.items()}
+        plateau = schedules.plateau_of(trainer.schedule)
+        if plateau is not None:
+            trainer.plateau.observe(plateau, row.get("validation_loss", cost))
+        stopping = self.early_stopping
+        better = self.history.append(row, 0.0 if stopping is None else stopping.min_delta)
+        self._good = self._remember()
+        if better and stopping is not None and stopping.restore_best:
+            self._best = self._good
+        progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
+        stops = [callback(trainer, dict(row)) is True for callback in self.callbacks]  # each one is called
+        if any(stops):
+            return "callback"
+        if stopping is not None and self.history.epochs_since_best >= stopping.patience:
+            return "early stopping"
+        return ""
+
+    def _remember(self) -> NDArray[Any]:
+        """A copy of θ on the host."""
+        return np.array(self.net._ops.to_host(self.net._theta))
+
+    def _recall(self, theta: NDArray[Any]) -> None:
+        net = self.net
+        net._ops.copy(net._ops.to_device(theta), net._theta)
+        if net._shadow is not None:
+            net._ops.copy(net._theta, net._shadow)
+
+    def _finish(self, reason: str) -> None:
+        self.history.stopped = reason
+        if self._best is not None:
+            self._recall(self._best)
+            self.history.restored_best = True
+
+    def _refuse_divergence(self) -> None:
+        try:
+            self.trainer._refuse_divergence()
+        except Diverged as error:
+            self._recall(self._good)
+            raise Diverged(f"epoch {self.trainer.epoch}, {error}") from None
+
+
+def _check_metrics(names: Sequence[str] | None, loss: Loss, n_outputs: int) -> tuple[str, ...]:
+    """The names, each tried out before any work."""
+    if isinstance(names, str):
+        raise TypeError(f"metrics: expected a list of names, got the string {names!r}")
+    chosen = metrics.default(loss.name, n_outputs) if names is None else tuple(names)
+    for name in chosen:
+        metrics.make(name, loss.name, n_outputs)
+    return chosen
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that is looked at between steps, so that no update is left half done."""
+    interrupted = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupted  # another thread, or a program with a rule of its own for Ctrl-C
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
