@@ -1,25 +1,86 @@
 """gpu_mlp: multilayer perceptrons trained with hand-fused CUDA kernels, and the same program on a CPU through NumPy."""
 
+from .gradcheck import gradcheck
 from .history import EarlyStopping, History
-from .losses import CrossEntropy
+from .losses import (
+    MAE,
+    MSE,
+    NLL,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    HalfMSE,
+    Hinge,
+    Huber,
+    LogCosh,
+    Poisson,
+)
 from .network import MLP, Gradients
-from .optimizers import LBFGS, SGD, Adam, AdamW
+from .optimizers import (
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    Muon,
+    NAdam,
+    RAdam,
+    RMSprop,
+)
 from .regularizers import L1, L2, ElasticNet
+from .schedules import (
+    Constant,
+    Cosine,
+    Exponential,
+    InverseScaling,
+    OneCycle,
+    ReduceOnPlateau,
+    StepDecay,
+    Warmup,
+)
 from .training import Diverged, Trainer
 
 __all__ = [
-    "LBFGS",
     "L1",
     "L2",
+    "LBFGS",
+    "MAE",
     "MLP",
+    "MSE",
+    "NLL",
     "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
+    "BinaryCrossEntropy",
+    "Constant",
+    "Cosine",
     "CrossEntropy",
     "Diverged",
     "EarlyStopping",
     "ElasticNet",
+    "Exponential",
     "Gradients",
+    "HalfMSE",
+    "Hinge",
     "History",
+    "Huber",
+    "InverseScaling",
+    "Lion",
+    "LogCosh",
+    "Muon",
+    "NAdam",
+    "OneCycle",
+    "Poisson",
+    "RAdam",
+    "RMSprop",
+    "ReduceOnPlateau",
+    "StepDecay",
     "Trainer",
+    "Warmup",
+    "gradcheck",
 ]

@@ -117,8 +117,8 @@ def _shares(sizes: np.ndarray, total: int) -> np.ndarray:
             f"stratify: {len(sizes)} classes that each keep a row leave at most {most.sum()} of {sizes.sum()} rows "
             f"to hold out, fewer than {total}; hold out a smaller fraction, or do not stratify"
         )
-    quotas = np.where(most > 0, sizes, 0) * (total / sizes[most > 0].sum())
-    shares = np.minimum(np.floor(quotas).astype(np.int64), most)
+    quotas = sizes * (total / sizes[most > 0].sum())
+    shares: np.ndarray = np.minimum(np.floor(quotas).astype(np.int64), most)
     while left := total - int(shares.sum()):
         open_classes = np.flatnonzero(shares < most)
         neediest = open_classes[np.argsort(shares[open_classes] - quotas[open_classes], kind="stable")]
@@ -145,4 +145,4 @@ def minibatches(n: int, batch_size: int, order: np.ndarray | None = None) -> Ite
     if order is not None and np.shape(order) != (n,):
         raise ValueError(f"order: expected ({n},) indices, got shape {np.shape(order)}")
     pieces = (slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
-XX
+    return pieces if order is None else (order[piece] for piece in pieces)

@@ -256,7 +256,8 @@ class MLP:
         self._refresh()
         self._begin(loss, y, w)
         work = Workspace(self._ops, self.sizes, self._f, self.fuses(loss), self._chunk_rows(len(x)))
-        self._differentiate(x, y, w, loss, work, g.biases, self._store(g.weights), self._state, gx=g.input)
+        with self._ops.tuned_for(self._largest_gemm(work.rows)):
+            self._differentiate(x, y, w, loss, work, g.biases, self._store(g.weights), self._state, gx=g.input)
         self._penalise(regularizer, g.theta)
         g.theta, g.input = self._ops.to_host(g.theta), self._ops.to_host(g.input)
         return self._ops.read_state(self._state, Slot.COST), g
@@ -352,8 +353,13 @@ class MLP:
             rows = slice(start, min(start + work.rows, len(x)))
             part = work.first(rows.stop - rows.start)
             part.h[0] = self._input(x[rows])
-            self._forward(part, from_z, self._no_dropout, self._state)
+            with self._ops.tuned_for(self._largest_gemm(part.rows)):
+                self._forward(part, from_z, self._no_dropout, self._state)
             yield rows, part
+
+    def _largest_gemm(self, rows: int) -> int:
+        """The operations, additions and multiplications, of the largest GEMM of a pass over ``rows`` rows."""
+        return 2 * rows * max(n_in * n_out for n_in, n_out in zip(self.sizes, self.sizes[1:]))
 
     def _chunk_rows(self, n: int) -> int:
         per_row = (2 * sum(self.sizes) + 2 * max(self.sizes)) * self._precision.storage_dtype.itemsize

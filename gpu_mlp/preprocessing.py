@@ -37,12 +37,12 @@ def _blocks(n: int, width: int) -> Iterator[slice]:
 
 def _output_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
-        result = np.dtype(dtype)
+        name = np.dtype(dtype).name
     except TypeError:
-        result = None
-    if result not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise ValueError(f"dtype: expected float32 or float64, got {dtype}")
-    return result
+        name = "no dtype"
+    if name not in ("float32", "float64"):
+        raise ValueError(f"dtype: expected float32 or float64, got {dtype!r}")
+    return np.dtype(name)
 
 
 def _fields(kind: str, state: Any, names: Sequence[str]) -> list[Any]:
@@ -171,7 +171,7 @@ def _fills(numbers: _Numbers, survey: _Survey, impute: str) -> np.ndarray:
     if impute == "mean":
         fills = survey.total / (numbers.n - survey.missing)
         for j in np.flatnonzero(~np.isfinite(fills)).tolist():
-            raise ValueError(f"{numbers.labels[j]}: values up to {survey.high[j]:g} are too large to take their mean")
+            raise ValueError(f"{numbers.labels[j]}: values up to {survey.high[j]:g} overflow in float64")
     else:
         choose = _mode if impute == "most_frequent" else np.median
         fills = np.array([choose(numbers.column(j)) for j in range(len(numbers.labels))], np.float64)
@@ -186,26 +186,31 @@ def _mode(values: np.ndarray) -> float:
 def _mean_and_scale(numbers: _Numbers, survey: _Survey, fills: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (m,) of the columns once missing values are filled; scale 1 for a constant column.
 
-    Two passes, sum (x - mean)² corrected by the rounding of the mean: exact to the last digits for any offset.
+    Two passes, sum (x - mean)² corrected by the rounding of the mean: exact to the last digits for any offset. The
+    deviations are taken in units of the span of their column, so that no square over- or underflows.
     """
-    n, missing = numbers.n, survey.missing
-    fill = np.zeros(len(numbers.labels)) if fills is None else fills
+    n, missing, low = numbers.n, survey.missing, survey.low
+    fill = low if fills is None else fills  # with no fills nothing is missing, and the sums below add zeros
+    constant = (low == survey.high) & ((missing == 0) | (fill == low))
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = (survey.total + missing * fill) / n
-        drift = missing * (fill - mean)
-        square = missing * (fill - mean) ** 2
+        mean = np.where(constant, low, (survey.total + missing * fill) / n)
+        span = np.where(constant, 1.0, survey.high - low)
+        filled = (fill - mean) / span
+        drift, square = missing * filled, missing * filled**2
         for _, block in numbers.blocks():
-            deviation = np.nan_to_num(block - mean, nan=0.0, posinf=np.inf, neginf=-np.inf)
-            drift += deviation.sum(axis=0)
-            square += np.einsum("ij,ij->j", deviation, deviation)
-        variance = (square - drift**2 / n) / n
-    too_large = np.flatnonzero(~(np.isfinite(variance) & np.isfinite(mean)))
+            block -= mean
+            block /= span
+            if missing.any():
+                block[np.isnan(block)] = 0.0
+            drift += block.sum(axis=0)
+            square += np.einsum("ij,ij->j", block, block)
+        mean += drift / n * span
+        scale = span * np.sqrt(np.maximum(square - drift**2 / n, 0.0) / n)
+    too_large = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale)))
     if too_large.size:
-        label, low, high = numbers.labels[too_large[0]], survey.low[too_large[0]], survey.high[too_large[0]]
-        raise ValueError(f"{label}: values from {low:g} to {high:g} are too large to standardize in float64")
-    constant = (survey.low == survey.high) & ((missing == 0) | (fill == survey.low))
-    scale = np.sqrt(np.maximum(variance, 0.0))
-    return np.where(constant, survey.low, mean + drift / n), np.where(constant | (scale == 0), 1.0, scale)
+        j = int(too_large[0])
+        raise ValueError(f"{numbers.labels[j]}: values from {low[j]:g} to {survey.high[j]:g} overflow in float64")
+    return mean, np.where(scale == 0, 1.0, scale)
 
 
 # --- categories ------------------------------------------------------------------------------------------------------
@@ -601,15 +606,15 @@ class Labels:
         if len(values) and _family(values) != _family(self.classes):
             raise ValueError(f"y: the labels are {_family(self.classes)}, got {_family(values)} ({values[0]!r})")
         code = {label: i for i, label in enumerate(self.classes.tolist())}
-        distinct, inverse = _distinct(values)
-        unseen = [i for i, label in enumerate(distinct) if label not in code]
+        distinct, inverse = np.unique(values, return_inverse=True)
+        unseen = [i for i, label in enumerate(distinct.tolist()) if label not in code]
         if unseen:
             row = int(np.isin(inverse, unseen).argmax())
             raise ValueError(
-                f"y: {_row(row)}: unseen label {distinct[inverse[row]]!r}; "
+                f"y: {_row(row)}: unseen label {values.tolist()[row]!r}; "
                 f"known: {', '.join(map(repr, self.classes[:20].tolist()))}{', ...' if len(self) > 20 else ''}"
             )
-        codes: np.ndarray = np.array([code[label] for label in distinct], np.int64)[inverse]
+        codes: np.ndarray = np.array([code[label] for label in distinct.tolist()], np.int64)[inverse]
         return codes
 
     def decode(self, codes: ArrayLike) -> np.ndarray:
@@ -691,15 +696,6 @@ def _family_of(kind: type) -> str | None:
 
 def _family(labels: np.ndarray) -> str | None:
     return "text" if labels.dtype.kind == "O" else _family_of(labels.dtype.type)
-
-
-def _distinct(values: np.ndarray) -> tuple[list[Any], np.ndarray]:
-    """The distinct labels as Python values, and for each row (n,) the index of its own."""
-    if values.dtype.kind == "O":  # a dict, for NumPy's strings would lose trailing NULs
-        index = {label: i for i, label in enumerate(dict.fromkeys(values.tolist()))}
-        return list(index), np.array([index[label] for label in values.tolist()], np.int64)
-    distinct, inverse = np.unique(values, return_inverse=True)
-    return distinct.tolist(), inverse
 
 
 # --- targets of a regression -----------------------------------------------------------------------------------------

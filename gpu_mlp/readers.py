@@ -148,12 +148,10 @@ def _inputs(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def _targets(array: np.ndarray, n: int, where: str) -> np.ndarray:
-    """``array`` as y, (n,) or (n, k): real numbers, booleans or strings; (n, 1) becomes (n,)."""
+    """``array`` as y, (n,) or (n, k); (n, 1) becomes (n,), and bytes become text."""
     if array.dtype.kind == "S":
         with _decoder(where, "UTF-8 label"):
             array = np.char.decode(array, "utf-8")
-    if array.dtype.kind not in "biufU":
-        raise ValueError(f"{where}: y must hold real numbers, booleans or strings, got dtype {array.dtype}")
     if array.ndim not in (1, 2):
         raise ValueError(f"{where}: y must be (n,) or (n, k), got shape {array.shape}")
     if len(array) != n:
@@ -371,6 +369,10 @@ class _Npz:
         with member:
             return _npy_array(member, info.file_size, where)
 
+    def keys(self) -> str:
+        """The keys, for an error."""
+        return f"its keys: {_listed(list(self.members))}"
+
     def one_of(self, keys: Iterable[str]) -> str | None:
         """The one key of ``keys`` that is there, None where none is; ValueError where several are."""
         found = [key for key in keys if key in self.members]
@@ -395,7 +397,7 @@ def _read_npz(file: Path, target: str | None, require_target: bool) -> RawData:
         others = [key for key in arrays.members if key != y_key]
         x_key = arrays.one_of(key for key in X_KEYS if key != y_key) or (others[0] if len(others) == 1 else None)
         if x_key is None:
-            raise ValueError(f"{file}: no array called {', '.join(X_KEYS)}; its keys: {_listed(list(arrays.members))}")
+            raise ValueError(f"{file}: no array to be x is called {', '.join(X_KEYS)} ({arrays.keys()})")
         return arrays.part(x_key, y_key, file.name)
 
 
@@ -406,7 +408,7 @@ def _npz_target(arrays: _Npz, target: str | None, require_target: bool) -> str |
     key = arrays.one_of(Y_KEYS) if target is None else None
     if key is None and require_target:
         names = ", ".join(Y_KEYS) if target is None else repr(target) + checks.nearest(target, arrays.members)
-        raise ValueError(f"{arrays.where}: no array called {names} for y; its keys: {_listed(list(arrays.members))}")
+        raise ValueError(f"{arrays.where}: no array to be y is called {names} ({arrays.keys()})")
     return key
 
 
@@ -414,7 +416,7 @@ def _npz_parts(arrays: _Npz, x_train: str, name: str, require_target: bool) -> R
     """x_train, y_train, and as the test part x_test, y_test."""
     y_train, y_test = (key if key in arrays.members else None for key in ("y_train", "y_test"))
     if y_train is None and require_target:
-        raise ValueError(f"{arrays.where}: has {x_train} but no y_train; its keys: {_listed(list(arrays.members))}")
+        raise ValueError(f"{arrays.where}: has {x_train} but no y_train ({arrays.keys()})")
     data = arrays.part(x_train, y_train, name)
     x_test = x_train.replace("train", "test")
     if x_test not in arrays.members:
@@ -435,10 +437,10 @@ def _target_columns(where: Path, columns: Sequence[str], target: str | None, req
         raise ValueError(f"{where}: target={target!r} names a column twice")
     if require_target:
         if target is None:
-            raise ValueError(f"{where}: which column is the target? Give target=NAME; its columns: {_listed(columns)}")
+            raise ValueError(f"{where}: which column is the target? Give target=NAME (its columns: {_listed(columns)})")
         for name in set(names).difference(columns):
             hint = checks.nearest(name, columns)
-            raise ValueError(f"{where}: no column {name!r}{hint}; its columns: {_listed(columns)}")
+            raise ValueError(f"{where}: no column {name!r}{hint} (its columns: {_listed(columns)})")
     return names
 
 
@@ -446,7 +448,7 @@ def _table(where: Path, columns: Columns, targets: list[str], target: str | None
     """Named columns -> RawData: the features as float64 or text, the target columns as y."""
     x = {name: _feature(column) for name, column in columns.items() if name not in targets}
     if not x:
-        raise ValueError(f"{where}: no column is left for the features; its columns: {_listed(list(columns))}")
+        raise ValueError(f"{where}: no column is left for the features (its columns: {_listed(list(columns))})")
     y = None
     if targets and all(name in columns for name in targets):
         y = columns[targets[0]] if len(targets) == 1 else _stacked(where, columns, targets)
@@ -670,7 +672,7 @@ def _read_parquet(file: Path, target: str | None, require_target: bool) -> RawDa
 
 
 def _arrow_column(pyarrow: Any, file: Path, name: str, column: Any) -> np.ndarray:
-    """An Arrow column -> (n,): numbers in their dtype (float64 with NaN where there are nulls), or object of str, None."""
+    """An Arrow column -> (n,) numbers, in their own dtype or with NaN for null in float64, or objects, str and None."""
     types, kind = pyarrow.types, column.type
     if types.is_dictionary(kind):
         kind = kind.value_type

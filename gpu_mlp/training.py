@@ -33,7 +33,14 @@ Callback = Callable[["Trainer", "dict[str, float]"], Any]
 
 
 class Diverged(ArithmeticError):
-    """The cost or the gradient was not finite; the message says where. The network holds the last good weights."""
+    """The cost or the gradient was not finite; the message says where. The network holds the last good weights.
+
+    ``history`` is what `Trainer.fit` had recorded before; None where a single step diverged.
+    """
+
+    def __init__(self, message: str, history: History | None = None) -> None:
+        super().__init__(message)
+        self.history = history
 
 
 class Trainer:
@@ -94,7 +101,9 @@ class Trainer:
             raise ValueError("optimizer: L-BFGS works on the whole data set; use fit, not step")
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
         self.net._refresh()
-        self._step(self.net._input(x), y, w, schedules.get(self.schedule), self._workspace(len(x)))
+        work = self._workspace(len(x))
+        with self.net._ops.tuned_for(self.net._largest_gemm(work.rows)):
+            self._step(self.net._input(x), y, w, self.schedule, work)
         if not self.net._ops.waits:
             self._refuse_divergence()
         return self.net._ops.snapshot_state(self._state, Slot.COST)
@@ -166,7 +175,8 @@ class Trainer:
         run = _Run(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
         shown = Progress(epochs, run.n, checks.boolean("progress", progress))
         try:
-            with _interrupt_between_steps() as interrupted:
+            tuned = self.net._ops.tuned_for(self.net._largest_gemm(run.rows))
+            with tuned, _interrupt_between_steps() as interrupted:
                 if isinstance(self.optimizer, LBFGS):
                     run.minimise(shown, interrupted)
                 else:
@@ -297,6 +307,8 @@ class _Run:
         self.validation = self._check_validation(validation)
         self.n = len(self.x)
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
+        full_batch = isinstance(trainer.optimizer, LBFGS)
+        self.rows = self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // trainer.accumulate)
         self.shuffle = checks.boolean("shuffle", shuffle)
         self.callbacks = list(callbacks)
         if not all(callable(callback) for callback in self.callbacks):
@@ -395,7 +407,7 @@ class _Run:
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         x, y, w = (buffer if buffer is None else buffer[:n] for buffer in batch)
         for source, out in ((self.x, x), (self.y, y), (self.w, w)):
-            if out is None:
+            if source is None or out is None:
                 continue
             if isinstance(rows, slice):
                 ops.copy(source[rows], out)
@@ -417,6 +429,11 @@ class _Run:
             net._theta[...] = theta
             cost = self._full_gradient()
             progress.advance(self.n)
+            if not math.isfinite(cost):
+                where = trainer._where_not_finite()
+                self._recall(self._good)
+                self.history.stopped = "diverged"
+                raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", self.history)
             return cost, net._ops.to_host(trainer._g).astype(np.float64)
 
         def end_iteration(intermediate_result: Any) -> None:
@@ -506,7 +523,8 @@ class _Run:
             self.trainer._refuse_divergence()
         except Diverged as error:
             self._recall(self._good)
-            raise Diverged(f"epoch {self.trainer.epoch}, {error}") from None
+            self.history.stopped = "diverged"
+            raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
 
 
 def _check_metrics(names: Sequence[str] | None, loss: Loss, n_outputs: int) -> tuple[str, ...]:

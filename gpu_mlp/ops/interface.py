@@ -11,6 +11,7 @@ import abc
 import enum
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,10 @@ class Operations(abc.ABC):
     @abc.abstractmethod
     def snapshot_state(self, state: Array, slot: Slot) -> Any:
         """A number of the state as it stands now in the queue of work; ``float()`` of it waits."""
+
+    @abc.abstractmethod
+    def tuned_for(self, flop: int) -> AbstractContextManager[None]:
+        """A context for passes whose largest GEMM has ``flop`` operations; an implementation may prepare for them."""
 
     @abc.abstractmethod
     def gather(self, source: Array, rows: Array, out: Array) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .interface import ALIGNMENT, Dropout, Layout, Operations, Slot
 
 Array = NDArray[Any]
 BLOCK = 16384  # elements of one elementwise pass: six such float32 arrays fit a 512 KiB second-level cache
+SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
@@ -72,6 +74,9 @@ class NumpyOperations(Operations):
 
     def snapshot_state(self, state: Array, slot: Slot) -> float:
         return float(state[slot])
+
+    def tuned_for(self, flop: int) -> AbstractContextManager[None]:
+        return _one_blas_thread if flop < SMALL_GEMM else nullcontext()
 
     def gather(self, source: Array, rows: Array, out: Array) -> None:
         if source.dtype == out.dtype:
@@ -413,6 +418,38 @@ class _ColumnSums:
             ones = _ones(len(block), block.dtype)
             np.add(self._out, np.dot(ones, block, out=self._part), out=self._out)
 
+
+class _OneBlasThread(AbstractContextManager[None]):
+    """Keeps BLAS to one thread while any thread of the process is inside; the limit is the process's, so it is counted.
+
+    On a machine with other work, the threads of a small GEMM wait for each other for whole time slices of the
+    scheduler: a product of 0.1 ms was seen to take 24 ms.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._controller: Any = None
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                if self._controller is None:
+                    from threadpoolctl import ThreadpoolController
+
+                    self._controller = ThreadpoolController()
+                self._limit = self._controller.limit(limits=1, user_api="blas")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
+_one_blas_thread = _OneBlasThread()
 
 _ONES: dict[np.dtype, Array] = {}
 

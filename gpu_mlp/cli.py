@@ -1,0 +1,268 @@
+"""The command `gpu-mlp`: train, evaluate, predict, info, check.
+
+The topmost room: turns words into calls of `runs`, `model`, `environment` and `selfcheck`, and errors into one line
+on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
+interrupted (Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import TrainOptions, merged
+
+app = typer.Typer(
+    name="gpu-mlp",
+    help="Train fully connected networks (MLPs), judge them, and predict with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="A model file, or the run folder that holds it.", show_default=False)
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def train(config: Path | None, **given: Any) -> None:
+    """Train a network. With no option at all: the digits set that ships with the package, in a few seconds.
+
+    A file needs a target: gpu-mlp train --data churn.csv --target churned. Options can also stand in a TOML file
+    (--config), one a line as epochs = 20; those on the command line win. The run folder gets model.safetensors,
+    history.json, options.toml and the plots. Ctrl-C ends a run after the step at hand and keeps what was learned.
+    """
+    from .runs import Run
+
+    options = merged(config, given)
+    run = Run(options)
+    net, parts = run.model.net, run.parts.named()
+    _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
+    _say(
+        f"network: {' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters, {net.precision} on {net.device}"
+    )
+    result = run.start()
+    _figures_table(result.figures)
+    last = list(result.figures)[-1]
+    for name, value in result.figures[last].items():
+        print(f"{last} {name.replace('_', ' ')}: {value:.4f}")
+    seconds = sum(result.history["seconds"]) if len(result.history) else 0.0
+    _say(f"{len(result.history)} epochs in {seconds:.1f} s, {result.history.stopped}; written to {result.folder}")
+    if result.history.stopped == "interrupted":
+        raise typer.Exit(130)
+
+
+def _declared(command: Any) -> Any:
+    """Give a command one option for every field of `TrainOptions`, so that the table there is the only one."""
+    parameters = [
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, typer.Option(help="TOML file with options", show_default=False)],
+        )
+    ]
+    types = {"str": str, "int": int, "float": float, "bool": bool}
+    for option in dataclasses.fields(TrainOptions):
+        kind = types[str(option.type).replace(" | None", "")]
+        shown = option.metadata["shown"]
+        if shown is None:
+            shown = str(option.default) if kind is not bool else "on" if option.default else "off"
+        declared = typer.Option(
+            help=option.metadata["help"], rich_help_panel=option.metadata["group"], show_default=shown
+        )
+        annotation = Annotated[kind | None, declared]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+app.command()(_declared(train))
+
+
+# --- evaluate, predict ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    data: Annotated[
+        str | None, typer.Option(help="Data with targets", show_default="the part held out when it was trained")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Target column, key or file", show_default="as in training")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Judge a model: accuracy for classes, RMSE and R² for values."""
+    from . import data as datasets
+    from .model import Model
+    from .runs import held_out
+
+    loaded = Model.load(model, device)
+    if data is None:
+        if target is not None:
+            raise ValueError("target: goes with --data")
+        name, part = held_out(loaded)
+    else:
+        name, part = "", datasets.load(data, target or loaded.data.get("target"))
+        part = part.test if part.test is not None else part
+    if part.y is None:
+        raise ValueError(f"target: {data} has none; name it with --target")
+    _say(f"{len(part)} rows")
+    for figure, value in loaded.figures(loaded.outputs(part.x), part.y).items():
+        print(f"{name} {figure.replace('_', ' ')}: {value:.4f}".strip())
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    data: Annotated[str, typer.Option(help="Rows to predict: a file as for training; a target in it is ignored")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: .csv, or .npy with the predictions", show_default="CSV to the screen"),
+    ] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also the probability of every class")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Predict a label or a value for every row."""
+    from . import data as datasets
+    from .model import Model
+    from .predictions import to_csv, to_npy
+
+    writers = {".csv": to_csv, ".npy": to_npy}
+    if out is not None and out.suffix not in writers:
+        raise ValueError(f"out: expected a file ending in .csv or .npy, got {out}")
+    loaded = Model.load(model, device)
+    target = loaded.data.get("target")
+    raw = datasets.load(data, target, require_target=False)
+    raw = raw.test if raw.test is not None and data in datasets.BUILT_IN else raw
+    y_hat = loaded.outputs(raw.x)
+    shares = loaded.probabilities(y_hat) if probabilities else None
+    if out is None:
+        to_csv(None, loaded, y_hat, shares)
+    else:
+        writers[out.suffix](out, loaded, y_hat, shares)
+        _say(f"{len(y_hat)} predictions written to {out}")
+
+
+# --- info, check ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="A model or a run folder to describe", show_default=False)
+    ] = None,
+) -> None:
+    """Say what this machine has to compute with, or what is in a model."""
+    from .environment import describe_machine, describe_model
+
+    _facts_table(describe_machine() if model is None else describe_model(model))
+
+
+@app.command()
+def check(
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(help="Of the networks and the data that are tried")] = 0,
+) -> None:
+    """Check the gradients and the precisions on this machine; exit status 1 if any is off."""
+    from .selfcheck import run_checks
+
+    failed = total = 0
+    for row in run_checks(device, seed):
+        total += 1
+        failed += not row.ok
+        print(f"{'ok  ' if row.ok else 'FAIL'}  {row.name}: {row.detail}")
+    print(f"{total - failed} of {total} checks passed")
+    if failed:
+        raise typer.Exit(1)
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    """A line for the reader, not for a script: to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _figures_table(figures: dict[str, dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", *next(iter(figures.values())))
+    for part, row in figures.items():
+        table.add_row(part, *(f"{value:.4f}" for value in row.values()))
+    Console().print(table)
+
+
+def _facts_table(facts: dict[str, str]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run the command line; every failure a user can cause is one line and an exit status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status of `gpu-mlp` with these arguments."""
+    usage_error: Any
+    click_error: Any
+    usage_error, click_error = typer.BadParameter.__mro__[1:3]  # typer brings its own click and does not name them
+    try:
+        status = app(arguments, prog_name="gpu-mlp", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click_error as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "gpu-mlp"
+        hint = f" (see {where} --help)" if isinstance(error, usage_error) else ""
+        return _fail(f"{error.format_message()}{hint}", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; let the exit be quiet
+        return 0
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(_one_line(error), 2)
+    except (ArithmeticError, MemoryError) as error:
+        return _fail(_one_line(error) or "not enough memory; try a smaller --batch-size or more --accumulate", 1)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, status: int) -> int:
+    if os.environ.get("GPU_MLP_TRACEBACK"):
+        traceback.print_exc()
+    print(f"gpu-mlp: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

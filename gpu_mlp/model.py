@@ -1,0 +1,140 @@
+"""A model as a user has it: a network with the preprocessing of its inputs and the meaning of its outputs.
+
+Leans on `network` and `preprocessing`; one safetensors file holds all three, so that raw rows in give labels or
+values out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks, metrics
+from .network import MLP
+from .preprocessing import Labels, Preprocessor, TargetScaler
+from .readers import Columns
+
+# What each loss of a command-line run makes of the output layer; the first of each task is its default.
+OUTPUT_OF = {
+    "classification": {"cross_entropy": "softmax", "nll": "log_softmax", "hinge": "identity"},
+    "regression": {
+        "mse": "identity",
+        "half_mse": "identity",
+        "mae": "identity",
+        "huber": "identity",
+        "log_cosh": "identity",
+        "poisson": "exp",
+    },
+}
+
+
+class Model:
+    """``net`` behind ``preprocessor``, its outputs read through ``target`` (classes, or a scaled real target).
+
+    ``data`` says where the training data came from, as JSON-able options of `data.load` and the split.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        preprocessor: Preprocessor,
+        target: Labels | TargetScaler,
+        loss: str,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.net = net
+        self.preprocessor = preprocessor
+        self.target = target
+        self.loss = loss
+        self.data = dict(data or {})
+
+    @property
+    def task(self) -> str:
+        """ "classification" or "regression"."""
+        return "classification" if isinstance(self.target, Labels) else "regression"
+
+    @property
+    def dtype(self) -> str:
+        """The type the network's inputs are prepared in."""
+        return "float64" if self.net.precision == "float64" else "float32"
+
+    def inputs(self, x: NDArray[Any] | Columns) -> NDArray[Any]:
+        """Raw rows, a matrix or named columns, as the (n, n_0) matrix that the network takes."""
+        return self.preprocessor.transform(x, self.dtype)
+
+    def targets(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Raw targets as the network's: (n,) int64 labels or (n, n_L) reals."""
+        return self.target.encode(y) if isinstance(self.target, Labels) else self.target.transform(y, self.dtype)
+
+    def outputs(self, x: NDArray[Any] | Columns) -> NDArray[Any]:
+        """ŷ of raw rows, (n, n_L), as the network gives it."""
+        return self.net.forward(self.inputs(x))
+
+    def read(self, y_hat: NDArray[Any]) -> NDArray[Any]:
+        """What ŷ means: the label of the largest output, or the values in their own units."""
+        if isinstance(self.target, Labels):
+            return self.target.decode(y_hat.argmax(axis=1))
+        return self.target.inverse(y_hat)
+
+    def predict(self, x: NDArray[Any] | Columns) -> NDArray[Any]:
+        """The label or the value of every raw row."""
+        return self.read(self.outputs(x))
+
+    def probabilities(self, y_hat: NDArray[Any]) -> NDArray[Any]:
+        """The probability of every class, (n, classes), from ŷ."""
+        if self.net.output not in ("softmax", "log_softmax"):
+            raise ValueError(f"probabilities: a model trained with loss {self.loss!r} gives scores, not probabilities")
+        return y_hat if self.net.output == "softmax" else np.exp(y_hat)
+
+    def figures(self, y_hat: NDArray[Any], y: NDArray[Any]) -> dict[str, float]:
+        """How good ŷ is against raw targets: accuracy, or RMSE and R² in the target's own units."""
+        chosen = [
+            metrics.make(name, self.loss, self.net.sizes[-1]) for name in metrics.default(self.loss, y_hat.shape[1])
+        ]
+        if isinstance(self.target, Labels):
+            read, true = y_hat, self.target.encode(y)
+        else:
+            read = np.asarray(self.target.inverse(y_hat)).reshape(len(y_hat), -1)
+            true = np.asarray(y, np.float64).reshape(len(y), -1)
+        for metric in chosen:
+            metric.add(read, true, None)
+        return {metric.name: metric.value() for metric in chosen}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything that a prediction needs to one safetensors file."""
+        self.net.metadata = {
+            "task": self.task,
+            "loss": self.loss,
+            "preprocessor": self.preprocessor.to_dict(),
+            "target": self.target.to_dict(),
+            "data": self.data,
+        }
+        return self.net.save(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "auto") -> Model:
+        """The model in a file that `save` wrote, or in the run folder that holds it."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / "model.safetensors"
+        net = MLP.load(path, device)
+        found = net.metadata
+        try:
+            task, loss = found["task"], found["loss"]
+            checks.choice("task", task, OUTPUT_OF)
+            checks.choice("loss", loss, OUTPUT_OF[task])
+            preprocessor = Preprocessor.from_dict(found["preprocessor"])
+            kind = Labels if task == "classification" else TargetScaler
+            model = cls(net, preprocessor, kind.from_dict(found["target"]), loss, found["data"])
+        except KeyError as error:
+            raise ValueError(f"model: {path} has a network but no {error}; use MLP.load for a bare network") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model: {path} does not describe a model ({error})") from None
+        if preprocessor.n_features_out != net.sizes[0]:
+            raise ValueError(f"model: {path} prepares {preprocessor.n_features_out} inputs for {net.sizes[0]}")
+        return model

@@ -1,0 +1,337 @@
+"""One training run from its options to its run folder: data, network, training, figures, files.
+
+Leans on `data`, `preprocessing`, `model` and `training`; the command line leans on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checkpoint, checks, data, losses, optimizers, options, plots, schedules
+from .history import EarlyStopping, History
+from .model import OUTPUT_OF, Model
+from .network import MLP
+from .options import TrainOptions
+from .preprocessing import Labels, Preprocessor, TargetScaler, infer_task
+from .readers import RawData
+from .regularizers import ElasticNet
+from .training import Diverged, Trainer
+
+DEFAULT_DROPOUT, DEFAULT_SMOOTHING, DEFAULT_SCHEDULE = 0.3, 0.05, "cosine"
+DEFAULT_LR = {"adam": 2e-3, "adamw": 2e-3}
+
+
+@dataclass
+class Parts:
+    """The parts of a data set: what is trained on, what is watched meanwhile, and what gives the final figures."""
+
+    train: RawData
+    validation: RawData | None
+    test: RawData | None
+
+    def named(self) -> dict[str, RawData]:
+        """The parts that there are, by name."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in found.items() if part is not None}
+
+
+@dataclass
+class Result:
+    """What a run leaves: the model, its history, the figures of every part and the folder they were written to."""
+
+    model: Model
+    history: History
+    figures: dict[str, dict[str, float]]
+    folder: Path
+
+
+def split_parts(raw: RawData, task: str, test: float, validation: float, seed: int) -> Parts:
+    """Cut a data set into parts; its own test part, where it has one, is the test part.
+
+    Classes are spread evenly over the parts. ``test`` and ``validation`` are fractions of what is left to cut; 0
+    means no such part.
+    """
+    test_part = raw.test
+    rest = data.take(raw, slice(None)) if raw.test is not None else raw
+    if test_part is None and test:
+        rest, test_part = _cut(rest, task, test, seed)
+    validation_part = None
+    if validation:
+        rest, validation_part = _cut(rest, task, validation, seed)
+    return Parts(rest, validation_part, test_part)
+
+
+def _cut(raw: RawData, task: str, fraction: float, seed: int) -> tuple[RawData, RawData]:
+    if len(raw) < 2:
+        raise ValueError(f"data: {len(raw)} row cannot be split; use test=0 and validation=0")
+    stratify = Labels.fit(raw.y).encode(raw.y) if task == "classification" and raw.y is not None else None
+    first, second = data.split(len(raw), fraction, seed, stratify)
+    return data.take(raw, first), data.take(raw, second)
+
+
+class Run:
+    """A run that has been checked and is ready to start; making one reads the data and writes nothing."""
+
+    def __init__(self, given: TrainOptions) -> None:
+        self.options = _resolved(given)
+        chosen = self.options
+        raw = data.load(chosen.data, chosen.target, chosen.folder)
+        if raw.y is None:
+            raise ValueError(f"target: {chosen.data} has none; name it with --target")
+        self.options.task = chosen.task if chosen.task != "auto" else infer_task(raw.y)
+        self._resolve_task()
+        self.parts = split_parts(raw, chosen.task, chosen.test, chosen.validation, chosen.seed)
+        self.model = self._model()
+        self.trainer = self._trainer()
+        self._x, self._y = self._prepared(self.parts.train)
+        self.folder = Path(chosen.out) if chosen.out else _new_folder(raw.name)
+
+    # --- before the start ---
+
+    def _resolve_task(self) -> None:
+        """The options whose defaults wait for the task, and the losses that do not fit it."""
+        chosen, outputs = self.options, OUTPUT_OF[self.options.task]
+        if chosen.loss is None:
+            chosen.loss = next(iter(outputs))
+        if chosen.loss not in outputs:
+            checks.choice("loss", chosen.loss, losses.LOSSES)
+            raise ValueError(f"loss: {chosen.loss!r} does not fit {chosen.task}; use one of {', '.join(outputs)}")
+        if chosen.label_smoothing is None:
+            chosen.label_smoothing = DEFAULT_SMOOTHING if chosen.loss == "cross_entropy" else 0.0
+        elif chosen.label_smoothing and chosen.loss != "cross_entropy":
+            raise ValueError(f"label_smoothing: only for loss 'cross_entropy', not {chosen.loss!r}")
+
+    def _model(self) -> Model:
+        chosen, train = self.options, self.parts.train
+        y = _target_of(train)
+        target: Labels | TargetScaler
+        if chosen.task == "classification":
+            target = Labels.fit(y)
+            n_outputs = len(target)
+        else:
+            target = TargetScaler.fit(y, standardize=chosen.loss != "poisson")
+            n_outputs = 1 if y.ndim == 1 else y.shape[1]
+        preprocessor = Preprocessor.fit(
+            train.x, feature_names=train.feature_names, standardize=chosen.standardize, impute=chosen.impute
+        )
+        names = [name.strip() for name in chosen.activation.split(",")]
+        net = MLP(
+            [preprocessor.n_features_out, *chosen.hidden_sizes, n_outputs],
+            activation=names[0] if len(names) == 1 else names,
+            output=OUTPUT_OF[chosen.task][str(chosen.loss)],
+            dropout=chosen.dropout or 0.0,
+            init=chosen.init,
+            precision=chosen.precision,
+            device=chosen.device,
+            seed=chosen.seed,
+        )
+        source = {name: getattr(chosen, name) for name in ("data", "target", "folder", "test", "validation", "seed")}
+        return Model(net, preprocessor, target, str(chosen.loss), source)
+
+    def _trainer(self) -> Trainer:
+        chosen = self.options
+        loss = losses.get(str(chosen.loss))
+        if chosen.label_smoothing:
+            loss = losses.CrossEntropy(label_smoothing=chosen.label_smoothing)
+        return Trainer(
+            self.model.net,
+            loss,
+            _optimizer(chosen),
+            ElasticNet(chosen.l1, chosen.l2) if chosen.l1 or chosen.l2 else None,
+            _schedule(chosen),
+            chosen.clip_norm,
+            chosen.accumulate,
+        )
+
+    def _prepared(self, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A part as the network takes it."""
+        x, y = self.model.inputs(part.x), self.model.targets(_target_of(part))
+        self.trainer.loss.check_targets(y, self.model.net.sizes[-1])
+        return x, y
+
+    # --- the run ---
+
+    def start(self) -> Result:
+        """Train, then write the run folder. What was learned is written too when a run is interrupted or diverges."""
+        chosen = self.options
+        created = _make_folder(self.folder)
+        validation = None if self.parts.validation is None else self._prepared(self.parts.validation)
+        early = None if chosen.patience is None else EarlyStopping(chosen.patience)
+        diverged = None
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
+                history = self.trainer.fit(
+                    (self._x, self._y),
+                    epochs=chosen.epochs,
+                    batch_size=chosen.batch_size,
+                    validation=validation,
+                    progress=chosen.progress,
+                    early_stopping=early,
+                )
+        except Diverged as error:
+            if error.history is None or not len(error.history):
+                _remove_empty(created)
+                raise
+            diverged, history = error, error.history
+        except BaseException:
+            _remove_empty(created)
+            raise
+        result = self._write(history)
+        if diverged is not None:
+            raise Diverged(f"{diverged}; the model of the last good epoch is in {self.folder}", history)
+        return result
+
+    def _write(self, history: History) -> Result:
+        """The figures of every part, and the files of the run folder."""
+        outputs = {name: self.model.outputs(part.x) for name, part in self.parts.named().items()}
+        figures = {
+            name: self.model.figures(outputs[name], _target_of(part)) for name, part in self.parts.named().items()
+        }
+        self.model.save(self.folder / "model.safetensors")
+        checkpoint.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
+        record = {**history.to_dict(), "figures": figures}
+        checkpoint.write_bytes(self.folder / "history.json", _json(record).encode())
+        if self.options.plots and plots.available():
+            self._draw(history, outputs)
+        return Result(self.model, history, figures, self.folder)
+
+    def _draw(self, history: History, outputs: Mapping[str, NDArray[Any]]) -> None:
+        title = f"{self.options.data}: {' → '.join(map(str, self.model.net.sizes))}"
+        plots.learning_curves(self.folder / "learning_curves.png", history, title)
+        part = list(outputs)[-1]
+        if isinstance(self.model.target, Labels):
+            true = self.model.target.encode(_target_of(self.parts.named()[part]))
+            labels = [str(label) for label in self.model.target.decode(np.arange(len(self.model.target)))]
+            plots.confusion_matrix(
+                self.folder / "confusion_matrix.png",
+                true,
+                outputs[part].argmax(axis=1),
+                labels,
+                f"{title}, {part} part",
+            )
+
+
+def held_out(model: Model) -> tuple[str, RawData]:
+    """The part of a model's own data that was held out in its run: the test part, or else the validation part."""
+    try:
+        source = model.data
+        raw = data.load(source["data"], source["target"], source["folder"])
+        parts = split_parts(raw, model.task, source["test"], source["validation"], source["seed"])
+    except KeyError as error:
+        raise ValueError(
+            f"data: the model does not say where its data is ({error} is missing); name it with --data"
+        ) from None
+    name, part = list(parts.named().items())[-1]
+    return name, part
+
+
+# --- options to objects ---------------------------------------------------------------------------------------------
+
+
+def _resolved(given: TrainOptions) -> TrainOptions:
+    """The options with the defaults that depend on other options filled in, each checked as far as it can be alone."""
+    chosen = replace(given)
+    checks.choice("task", chosen.task, ("auto", *OUTPUT_OF))
+    checks.choice("optimizer", chosen.optimizer, optimizers.OPTIMIZERS)
+    for name in ("test", "validation"):
+        checks.real(name, getattr(chosen, name), 0, 1, open_maximum=True)
+    for name in ("epochs", "batch_size", "accumulate"):
+        checks.integer(name, getattr(chosen, name), 1)
+    checks.integer("warmup", chosen.warmup, 0)
+    checks.integer("seed", chosen.seed, 0)
+    full_batch = chosen.optimizer == "lbfgs"
+    if chosen.dropout is None:
+        chosen.dropout = 0.0 if full_batch or not chosen.hidden_sizes else DEFAULT_DROPOUT
+    if chosen.schedule is None:
+        chosen.schedule = "constant" if full_batch else DEFAULT_SCHEDULE
+    if chosen.lr is None:
+        chosen.lr = DEFAULT_LR.get(chosen.optimizer)
+    return chosen
+
+
+def _optimizer(chosen: TrainOptions) -> optimizers.Optimizer:
+    kind = optimizers.OPTIMIZERS[chosen.optimizer]
+    given = {name: getattr(chosen, name) for name in ("lr", "momentum", "weight_decay")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in kind.__dataclass_fields__:
+            raise ValueError(f"{name}: optimizer {chosen.optimizer!r} has none")
+    return kind(**given)
+
+
+def _schedule(chosen: TrainOptions) -> schedules.Schedule:
+    name = str(chosen.schedule)
+    checks.choice("schedule", name, schedules.SCHEDULES)
+    if name in ("step", "exponential"):
+        raise ValueError(
+            f"schedule: {name!r} needs parameters that only the Python interface takes; use cosine or another"
+        )
+    schedule = schedules.get(name)
+    return schedules.Warmup(chosen.warmup, then=schedule) if chosen.warmup else schedule
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------
+
+
+def _new_folder(name: str) -> Path:
+    """A folder under runs/ that does not exist yet, named after the data and the time."""
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(name).stem or "run")
+    first = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, n = first, 1
+    while folder.exists():
+        n += 1
+        folder = first.with_name(f"{first.name}-{n}")
+    return folder
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make the run folder and see that it can be written to; the folders that had to be made, innermost first."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out: {folder} exists and is not an empty folder; choose another")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = checkpoint.write_bytes(folder / ".probe", b"")
+        probe.unlink()
+    except OSError as error:
+        _remove_empty(created)
+        raise ValueError(f"out: cannot write to {folder} ({os.strerror(error.errno or 0)})") from None
+    return created
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Take back the folders that a run made and left empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _target_of(part: RawData) -> NDArray[Any]:
+    assert part.y is not None  # a run and an evaluation refuse data without a target before any work
+    return part.y
+
+
+def _json(record: Any) -> str:
+    """JSON with null where a figure is NaN, which JSON does not have."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return json.dumps(plain(record), indent=1, allow_nan=False) + "\n"
