@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from gpu_mlp import checks
-from gpu_mlp.readers import BUILT_IN, PathLike, RawData, load_digits, load_fashion_mnist, read
+from . import checks
+from .readers import BUILT_IN, PathLike, RawData, load_digits, load_fashion_mnist, read
 
 __all__ = [
     "BUILT_IN",

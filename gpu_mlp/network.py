@@ -73,13 +73,12 @@ class MLP:
         names = _one_each("activation", activation, hidden, str)
         self._f = [activations.get(name, "activation") for name in names] + [activations.get(output, "output")]
         self.dropout = _check_dropout(_one_each("dropout", dropout, hidden, (int, float)), self._f)
-        self._init = init
         self._precision = precisions.get(precision)
         self._ops = ops.make(device, self._precision)
         self.seed = secrets.randbits(63) if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
         self.metadata: dict[str, Any] = {}  # JSON-able; travels in the model file
         self._allocate()
-        self._draw_weights()
+        self._draw_weights(init)
 
     # --- what it is ---
 
@@ -277,15 +276,7 @@ class MLP:
         tensors = {}
         for l, (W, b) in enumerate(zip(self.layout.weights(self._theta), self.layout.biases(self._theta))):
             tensors[f"{2 * l}.weight"], tensors[f"{2 * l}.bias"] = self._ops.to_host(W), self._ops.to_host(b)
-        network = {
-            "sizes": self.sizes,
-            "activation": self.activation,
-            "output": self.output,
-            "dropout": self.dropout,
-            "precision": self.precision,
-            "seed": self.seed,
-        }
-        return checkpoint.write(path, tensors, {"network": network, "metadata": self.metadata})
+        return checkpoint.write(path, tensors, {"network": self._options(), "metadata": self.metadata})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "auto", precision: str | None = None) -> MLP:
@@ -310,7 +301,31 @@ class MLP:
         net.metadata = metadata
         return net
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or a deep copy takes along: the options, θ on the host, and the metadata."""
+        return {
+            "options": {**self._options(), "device": self.device},
+            "theta": np.array(self._ops.to_host(self._theta)),
+            "metadata": self.metadata,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state["options"], init=_no_init)  # type: ignore[misc]
+        self.theta[...] = self._ops.to_device(state["theta"])
+        self.metadata = state["metadata"]
+
     # --- inside ---
+
+    def _options(self) -> dict[str, Any]:
+        """What this network was made with, as JSON-able arguments; the weights are beside it."""
+        return {
+            "sizes": self.sizes,
+            "activation": self.activation,
+            "output": self.output,
+            "dropout": self.dropout,
+            "precision": self.precision,
+            "seed": self.seed,
+        }
 
     def _allocate(self) -> None:
         """θ, the copy that the GEMMs read (θ itself where the types agree), their views, and the state."""
@@ -329,10 +344,10 @@ class MLP:
         self._ops.write_state(state, {Slot.LOSS_SCALE: 1.0})
         return state
 
-    def _draw_weights(self) -> None:
+    def _draw_weights(self, init: str | initializers.Initializer) -> None:
         rng = np.random.default_rng([self.seed, _INIT_STREAM])
         for W, f in zip(self.layout.weights(self._theta), self._f):
-            drawn = np.asarray(initializers.get(self._init, f.init)(rng, W.shape))
+            drawn = np.asarray(initializers.get(init, f.init)(rng, W.shape))
             if drawn.shape != W.shape:
                 raise ValueError(f"init: expected an array of shape {W.shape}, got {drawn.shape}")
             self._ops.copy(self._ops.to_device(drawn, self._theta.dtype), W)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from gpu_mlp import checks
+from . import checks
 
 Columns = Mapping[str, np.ndarray]
 
@@ -42,7 +42,8 @@ def _output_dtype(dtype: DTypeLike) -> np.dtype[Any]:
         name = "no dtype"
     if name not in ("float32", "float64"):
         raise ValueError(f"dtype: expected float32 or float64, got {dtype!r}")
-    return np.dtype(name)
+    result: np.dtype[Any] = np.dtype(name)
+    return result
 
 
 def _fields(kind: str, state: Any, names: Sequence[str]) -> list[Any]:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gpu_mlp import checks
+from . import checks
 
 BUILT_IN = ("digits", "fashion-mnist")
 MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})
