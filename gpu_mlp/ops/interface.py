@@ -164,7 +164,10 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:
-        """TOTAL_WEIGHT ← Σ wᵢ over the batch, with wᵢ the sample's weight times its class's, where it has any."""
+        """TOTAL_WEIGHT ← Σ wᵢ over the batch, with wᵢ the sample's weight times its class's, where it has any.
+
+        Lᵢ has its class's weight in it already, so the sum in `loss_and_gradient` takes the sample's weight alone.
+        """
 
     @abc.abstractmethod
     def loss_and_gradient(

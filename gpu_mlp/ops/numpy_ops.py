@@ -146,7 +146,7 @@ class NumpyOperations(Operations):
             t = self._scratch(hb.shape)
             g = gz[block] if gz.dtype == self._compute else self._scratch.wide(1, hb.shape)
             values = FUSED[f.name, loss.name](loss, hb, yb, g, t) if from_z else loss.rows(hb, yb, g, t)
-            weights = _weights(loss, yb, None if sample_weight is None else sample_weight[block])
+            weights = None if sample_weight is None else sample_weight[block]
             if weights is None:
                 state[Slot.COST] += values.sum(dtype=np.float64) * share
                 np.multiply(g, share * scale, out=g)
