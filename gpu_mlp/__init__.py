@@ -1,6 +1,5 @@
 """gpu_mlp: multilayer perceptrons trained with hand-fused CUDA kernels, and the same program on a CPU through NumPy."""
 
-from .gradcheck import gradcheck
 from .history import EarlyStopping, History
 from .losses import (
     MAE,
@@ -82,5 +81,4 @@ __all__ = [
     "StepDecay",
     "Trainer",
     "Warmup",
-    "gradcheck",
 ]

@@ -132,11 +132,11 @@ def _hardswish(z: Array, h: Array, t: Scratch) -> None:
 
 
 def _hardswish_gradient(g: Array, z: Array, t: Scratch) -> None:
-    """0 below −3, z / 3 + 1/2 up to 3, 1 above"""
+    """0 up to −3, z / 3 + 1/2 between, 1 from 3 on"""
     np.multiply(z, 1 / 3, out=t.a)
     np.add(t.a, 0.5, out=t.a)
-    np.copyto(t.a, 1, where=np.greater(z, 3, out=t.mask))
-    np.copyto(t.a, 0, where=np.less(z, -3, out=t.mask))
+    np.copyto(t.a, 1, where=np.greater_equal(z, 3, out=t.mask))
+    np.copyto(t.a, 0, where=np.less_equal(z, -3, out=t.mask))
     np.multiply(g, t.a, out=g)
 
 
@@ -195,11 +195,14 @@ def _exp_gradient(g: Array, h: Array, t: Scratch) -> None:
 
 
 def _sigmoid(z: Array, h: Array, t: Scratch) -> None:
-    """1 / (1 + exp(−z)); exp overflows to inf below −88 (float32), where the quotient is 0 as it should be"""
-    np.negative(z, out=h)
-    np.exp(h, out=h)
-    np.add(h, 1, out=h)
-    np.reciprocal(h, out=h)
+    """1 / (1 + e) for z ≥ 0 and e / (1 + e) below, with e = exp(−|z|), which never overflows"""
+    np.greater_equal(z, 0, out=t.mask)
+    np.abs(z, out=t.c)
+    np.negative(t.c, out=t.c)
+    np.exp(t.c, out=t.c)
+    np.maximum(t.c, t.mask, out=h)
+    np.add(t.c, 1, out=t.c)
+    np.divide(h, t.c, out=h)
 
 
 def _sigmoid_gradient(g: Array, h: Array, t: Scratch) -> None:
@@ -301,17 +304,21 @@ def _gelu_tanh(z: Array, h: Array, t: Scratch) -> None:
 
 
 def _gelu_tanh_gradient(g: Array, z: Array, t: Scratch) -> None:
-    """(1 + tanh u) / 2 + z (1 − tanh² u) u′ / 2 with u′ = √(2/π) (1 + 3 · 0.044715 z²)"""
+    """(1 + tanh u) / 2 + z (1 − tanh² u) u′ / 2 with u′ = √(2/π) (1 + 3 · 0.044715 z²)
+
+    Beyond |z| = 10 tanh u is ±1 to the last bit and the second term 0, so z is held there: z² might overflow.
+    """
+    z = np.clip(z, -10, 10, out=t.b)
     _gelu_tanh_argument(z, t.a)
     np.tanh(t.a, out=t.a)
-    np.multiply(z, z, out=t.b)
-    np.multiply(t.b, 3 * GELU_TANH_CUBIC, out=t.b)
-    np.add(t.b, 1, out=t.b)
-    np.multiply(t.b, z, out=t.b)
-    np.multiply(t.b, 0.5 * SQRT_2_OVER_PI, out=t.b)
+    np.multiply(z, z, out=t.c)
+    np.multiply(t.c, 3 * GELU_TANH_CUBIC, out=t.c)
+    np.add(t.c, 1, out=t.c)
+    np.multiply(t.b, t.c, out=t.b)
     np.multiply(t.a, t.a, out=t.c)
     np.subtract(1, t.c, out=t.c)
     np.multiply(t.b, t.c, out=t.b)
+    np.multiply(t.b, 0.5 * SQRT_2_OVER_PI, out=t.b)
     np.add(t.a, 1, out=t.a)
     np.multiply(t.a, 0.5, out=t.a)
     np.add(t.a, t.b, out=t.a)

@@ -25,12 +25,24 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], hea
 
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "header": json.dumps(header, allow_nan=False)}
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return write_bytes(path, save(contiguous, metadata))
+    return write_bytes(path, _with_sorted_metadata(save(contiguous, metadata)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in any; equal models are to be equal files."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     """Write a whole file or nothing: into a temporary file in the same folder, synced, then renamed."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -75,19 +87,29 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[st
         raise FileNotFoundError(f"model: no file at {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"model: {path} is a safetensors file, but not one that gpu_mlp wrote")
-            if metadata.get("format_version") != str(FORMAT_VERSION):
-                found = metadata.get("format_version")
-                raise ValueError(f"model: {path} has format version {found}; this release reads {FORMAT_VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            header = _header(path, file.metadata() or {})
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                kind = file.get_slice(name).get_dtype()
+                if kind not in ("F32", "F64"):
+                    raise ValueError(f"model: {path}: tensor {name} is of type {kind}, not F32 or F64")
+                tensors[name] = file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"model: {path} is not a readable safetensors file ({error})") from None
+    return tensors, header
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object that `write` put in, once format and version are seen to be this one's."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"model: {path} is a safetensors file, but not one that gpu_mlp wrote")
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise ValueError(f"model: {path} has format version {version}; this release reads {FORMAT_VERSION}")
     try:
         header = json.loads(metadata["header"])
-    except (KeyError, json.JSONDecodeError):
+    except (KeyError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"model: {path} has no readable header") from None
     if not isinstance(header, dict):
         raise ValueError(f"model: {path} has no readable header")
-    return tensors, header
+    return header

@@ -58,7 +58,10 @@ def real(
     """``value`` as a finite float within the bounds (each included unless it is declared open)."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.floating, np.integer)):
         raise TypeError(f"{argument}: expected a number, got {value!r} ({type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf if value > 0 else -math.inf
     accepted = _interval(minimum, maximum, open_minimum, open_maximum)
     too_low = minimum is not None and (number < minimum or (open_minimum and number == minimum))
     too_high = maximum is not None and (number > maximum or (open_maximum and number == maximum))
@@ -84,6 +87,7 @@ def boolean(argument: str, value: Any) -> bool:
 
 def matrix(argument: str, value: Any, columns: int | None = None) -> np.ndarray:
     """``value`` as a (batch, columns) array of finite real numbers, in the dtype it came in; batch may be 0."""
+    unmasked(argument, value)
     array = np.asarray(value)
     if array.dtype.kind not in "buif" and array.dtype.name != "bfloat16":
         raise TypeError(f"{argument}: expected real numbers, got dtype {array.dtype}")
@@ -95,6 +99,32 @@ def matrix(argument: str, value: Any, columns: int | None = None) -> np.ndarray:
     return array
 
 
+def unmasked(argument: str, value: Any) -> None:
+    """A ValueError for a masked array in which anything is masked: the mask would be lost without a word."""
+    if np.ma.isMaskedArray(value) and np.ma.is_masked(value):
+        raise ValueError(
+            f"{argument}: {np.ma.count_masked(value)} values are masked; fill them or leave their rows out"
+        )
+
+
+def fits(argument: str, array: np.ndarray, dtype: np.dtype) -> None:
+    """A ValueError for finite numbers that are too large for ``dtype``, the float type they are about to be cast to."""
+    if not array.size or np.can_cast(array.dtype, dtype, "safe") or dtype.name not in LARGEST:
+        return
+    limit = LARGEST[dtype.name]
+    if max(float(array.max()), -float(array.min())) > limit:
+        bad = np.argwhere(np.abs(array.astype(np.float64)) > limit)[0]
+        value = float(array[tuple(bad)])
+        raise ValueError(f"{argument}: {_where(bad)} is {value:g}, too large for {dtype.name} (at most {limit:g})")
+
+
+def _where(index: np.ndarray) -> str:
+    return ", ".join(f"{axis} {i}" for axis, i in zip(("row", "column"), index))
+
+
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": float(np.finfo(np.float32).max)}
+
+
 def finite(argument: str, array: np.ndarray) -> None:
     """A ValueError that names the first entry of ``array`` that is NaN or infinite."""
     if array.dtype.kind in "bui" or not array.size:
@@ -104,9 +134,8 @@ def finite(argument: str, array: np.ndarray) -> None:
             return
     bad = ~np.isfinite(array)
     if bad.any():
-        where = ", ".join(f"{axis} {i}" for axis, i in zip(("row", "column"), np.argwhere(bad)[0]))
-        value = array[tuple(np.argwhere(bad)[0])]
-        raise ValueError(f"{argument}: {where} is {value}; every value must be finite")
+        first = np.argwhere(bad)[0]
+        raise ValueError(f"{argument}: {_where(first)} is {array[tuple(first)]}; every value must be finite")
 
 
 def sample_weight(value: Any, rows: int) -> np.ndarray | None:

@@ -11,6 +11,7 @@ means over the outputs, so that L does not grow with n_L. The mean over the batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,6 +78,16 @@ class Loss:
     def label_weights(self, y: NDArray[Any]) -> Array | None:
         """The weight that each row's class gives it in the mean, (rows,), or None where all are 1."""
         return None
+
+
+def _smallest(y_hat: Array) -> float:
+    """What a probability counts as at least: one that underflowed to 0 keeps a finite cost and gradient."""
+    return float(np.finfo(y_hat.dtype).tiny)
+
+
+def _below_one(y_hat: Array) -> float:
+    """What 1 − ŷ counts as at least: the distance from 1 to the number below it, which rounding may have taken."""
+    return float(np.finfo(y_hat.dtype).eps) / 2
 
 
 def _first_bad(bad: NDArray[np.bool_]) -> str:
@@ -176,7 +187,7 @@ class Poisson(Loss):
 
     def rows(self, y_hat: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
         n = y_hat.shape[1]
-        np.maximum(y_hat, np.finfo(y_hat.dtype).tiny, out=t.a)  # a rate that underflowed to 0 keeps a finite cost
+        np.maximum(y_hat, math.sqrt(_smallest(y_hat)), out=t.a)  # the root: y may be many, and y / ŷ stays finite
         np.log(t.a, out=t.b)
         np.multiply(t.b, y, out=t.b)
         np.subtract(y_hat, t.b, out=t.b)
@@ -199,10 +210,9 @@ class BinaryCrossEntropy(Loss):
 
     def rows(self, y_hat: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
         n = y_hat.shape[1]
-        tiny = np.finfo(y_hat.dtype).tiny
         np.subtract(1, y_hat, out=t.b)
-        np.maximum(t.b, tiny, out=t.b)  # a probability that rounded to 0 or 1 keeps a finite cost
-        np.maximum(y_hat, tiny, out=t.a)
+        np.maximum(t.b, _below_one(y_hat), out=t.b)
+        np.maximum(y_hat, _smallest(y_hat), out=t.a)
         np.multiply(t.a, t.b, out=t.c)
         np.subtract(y_hat, y, out=g)
         np.divide(g, t.c, out=g)
@@ -317,7 +327,7 @@ class CrossEntropy(_Categorical):
 
     def rows(self, y_hat: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
         self._target(y, y_hat, t.a)
-        np.maximum(y_hat, np.finfo(y_hat.dtype).tiny, out=t.b)
+        np.maximum(y_hat, _smallest(y_hat), out=t.b)
         np.divide(t.a, t.b, out=g)
         np.negative(g, out=g)
         np.log(t.b, out=t.b)

@@ -131,8 +131,11 @@ class R2(Metric):
 NAMES = ("accuracy", "top_K_accuracy", "rmse", "r2")
 
 
-def make(name: str, loss: str, n_outputs: int) -> Metric:
-    """A new accumulator of the metric called ``name`` for predictions of a network trained with ``loss``."""
+def make(name: str, loss: str, n_outputs: int, labels: bool = False) -> Metric:
+    """A new accumulator of the metric called ``name`` for predictions of a network trained with ``loss``.
+
+    ``labels`` says that the targets are class labels rather than rows of numbers.
+    """
     top = re.fullmatch(r"top_(\d+)_accuracy", name) if isinstance(name, str) else None
     if top:
         k = checks.integer("metrics (k)", int(top[1]), 1, n_outputs)
@@ -140,10 +143,14 @@ def make(name: str, loss: str, n_outputs: int) -> Metric:
             raise ValueError(f"metrics: {name} needs classes, and loss {loss!r} has none")
         return Accuracy(k)
     checks.choice("metrics", name, NAMES)
-    if name == "rmse":
-        return RMSE()
-    if name == "r2":
-        return R2()
+    if name == "top_K_accuracy":
+        raise ValueError("metrics: put a number for K, as in top_5_accuracy")
+    if name in ("rmse", "r2"):
+        if labels:
+            raise ValueError(
+                f"metrics: {name} needs numbers, and the targets are class labels; known for them: accuracy"
+            )
+        return RMSE() if name == "rmse" else R2()
     if loss in ("cross_entropy", "nll") or (loss == "hinge" and n_outputs > 1):
         return Accuracy()
     if loss == "binary_cross_entropy":

@@ -212,7 +212,7 @@ class MLP:
 
     def forward(self, x: Any) -> NDArray[Any]:
         """ŷ, (batch, n_L), for x, (batch, n_0), without dropout; float64 at precision float64, else float32."""
-        x = checks.matrix("x", x, self.sizes[0])
+        x = self._check_x(x)
         y_hat = self._ops.empty((len(x), self.sizes[-1]), self._precision.master_dtype)
         for rows, work in self._predict(x, from_z=False):
             self._ops.copy(work.h[-1], y_hat[rows])
@@ -284,20 +284,24 @@ class MLP:
 
         Raises FileNotFoundError, or ValueError for a file that is not such a model.
         """
+        ops.make(
+            device, precisions.get("float32" if precision is None else precision)
+        )  # refused before the file is read
         tensors, header = checkpoint.read(path)
         try:
-            options = dict(header["network"])
-            metadata = dict(header["metadata"])
-            if precision is not None:
-                options["precision"] = precision
-            sizes = _check_sizes(options["sizes"])
-            _check_tensors(tensors, sizes)  # before any array of that size is made
-            net = cls(**options, init=_no_init, device=device)
+            options, metadata = header["network"], header["metadata"]
+            if not isinstance(options, dict) or not isinstance(metadata, dict):
+                raise TypeError("its header is not an object")
+            wanted = precisions.get(precision or options["precision"])
+            _check_tensors(tensors, _check_sizes(options["sizes"]), wanted)  # before any array of that size is made
+            checks.integer("seed", options["seed"], 0, 2**64 - 1)
+            net = cls(**{**options, "precision": wanted.name}, init=_no_init, device=device)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"model: {path} does not describe a network ({error})") from None
         for l, (W, b) in enumerate(zip(net.weights, net.biases)):
             net._ops.copy(net._ops.to_device(tensors[f"{2 * l}.weight"], net._theta.dtype), W)
             net._ops.copy(net._ops.to_device(tensors[f"{2 * l}.bias"], net._theta.dtype), b)
+        net._refresh()
         net.metadata = metadata
         return net
 
@@ -381,12 +385,8 @@ class MLP:
         return max(1, min(n, CHUNK_ROWS, max(64, CHUNK_BYTES // per_row)))
 
     def _input(self, x: Array) -> Array:
-        """A block of x on the device, in the storage type; a value too large for that type is refused."""
-        with np.errstate(over="ignore"):
-            h = self._ops.to_device(x, self._precision.storage_dtype)
-        if x.dtype.kind == "f" and x.dtype.itemsize > h.dtype.itemsize:
-            checks.finite(f"x (as {h.dtype})", h)
-        return h
+        """A block of x, which has been checked, on the device and in the storage type."""
+        return self._ops.to_device(x, self._precision.storage_dtype)
 
     def _check_batch(
         self, x: Any, y: Any, sample_weight: Any, loss: str | Loss
@@ -394,15 +394,23 @@ class MLP:
         """The four arguments of a cost, checked against the network and each other; y and weights on the device."""
         loss = losses.get(loss)
         loss.check_output(self.output, self.sizes[-1])
-        x = checks.matrix("x", x, self.sizes[0])
+        x = self._check_x(x)
         y, w = self._check_target(y, sample_weight, loss, len(x))
         return x, y, w, loss
 
+    def _check_x(self, x: Any) -> NDArray[Any]:
+        x = checks.matrix("x", x, self.sizes[0])
+        checks.fits("x", x, self._precision.storage_dtype)
+        return x
+
     def _check_target(self, y: Any, sample_weight: Any, loss: Loss, rows: int) -> tuple[Array, Array | None]:
+        checks.unmasked("y", y)
         y = np.asarray(y)
         if y.ndim == 0 or len(y) != rows:
             raise ValueError(f"y: expected {rows} rows, as many as x has, got shape {y.shape}")
         y = loss.check_targets(y, self.sizes[-1])
+        if y.ndim > 1:
+            checks.fits("y", y, self._precision.storage_dtype)
         w = checks.sample_weight(sample_weight, rows)
         y = self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
         return y, None if w is None else self._ops.to_device(w, np.float64)
@@ -464,17 +472,18 @@ def _check_dropout(rates: list[Any], f: list[activations.Activation]) -> tuple[f
     return checked
 
 
-def _check_tensors(tensors: dict[str, NDArray[Any]], sizes: Sequence[int]) -> None:
-    """The tensors of a model file are exactly those of a network of these sizes, finite floats."""
-    wanted: dict[str, tuple[int, ...]] = {}
+def _check_tensors(tensors: dict[str, NDArray[Any]], sizes: Sequence[int], wanted: precisions.Precision) -> None:
+    """The tensors of a model file are those of a network of these sizes, finite, and fit the wanted precision."""
+    layers = range(len(sizes) - 1)
+    odd = sorted(set(tensors) ^ {f"{2 * l}.{part}" for l in layers for part in ("weight", "bias")})
+    if odd:
+        raise ValueError(f"tensors {', '.join(odd[:6])}{', …' * (len(odd) > 6)} are missing or unknown")
     for l, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
-        wanted[f"{2 * l}.weight"], wanted[f"{2 * l}.bias"] = (n_out, n_in), (n_out,)
-    if set(tensors) != set(wanted):
-        raise ValueError(f"tensors {sorted(set(tensors) ^ set(wanted))} are missing or unknown")
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape or tensors[name].dtype.name not in ("float32", "float64"):
-            raise ValueError(f"tensor {name} is {tensors[name].dtype} {tensors[name].shape}, not float {shape}")
-        checks.finite(f"tensor {name}", tensors[name])
+        for name, shape in ((f"{2 * l}.weight", (n_out, n_in)), (f"{2 * l}.bias", (n_out,))):
+            if tensors[name].shape != shape:
+                raise ValueError(f"tensor {name} has shape {tensors[name].shape}, not {shape}")
+            checks.finite(f"tensor {name}", tensors[name])
+            checks.fits(f"tensor {name}", tensors[name], wanted.storage_dtype)
 
 
 def _no_init(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:

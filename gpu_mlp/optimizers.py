@@ -34,17 +34,21 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         checks.real("lr", self.lr, 0)
-        for argument in ("weight_decay", "eps", "momentum_decay", "lr_decay", "initial_accumulator_value"):
+        if hasattr(self, "eps"):
+            checks.real("eps", self.eps, 0, open_minimum=True)  # of a gradient that is always 0 it would make 0 / 0
+        for argument in ("weight_decay", "momentum_decay", "lr_decay", "initial_accumulator_value"):
             if hasattr(self, argument):
                 checks.real(argument, getattr(self, argument), 0)
         for argument in ("momentum", "alpha", "rho"):
             if hasattr(self, argument):
                 checks.real(argument, getattr(self, argument), 0, 1)
-        if hasattr(self, "betas"):
-            betas = tuple(checks.real("betas", beta, 0, 1, open_maximum=True) for beta in self.betas)
-            if len(betas) != 2:
-                raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas!r}")
-            object.__setattr__(self, "betas", betas)
+        for argument in ("amsgrad", "centered", "decoupled_weight_decay", "nesterov"):
+            if hasattr(self, argument):
+                checks.boolean(argument, getattr(self, argument))
+        for argument, count, maximum in (("betas", 2, 1), ("ns_coefficients", 3, None)):
+            if hasattr(self, argument):
+                numbers = _numbers(argument, getattr(self, argument), count, maximum)
+                object.__setattr__(self, argument, numbers)
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -62,6 +66,17 @@ class Optimizer:
     def rule(self, theta: Array, g: Array, moments: Moments, c: Coefficients, s: Pair) -> None:
         """Update one block in place."""
         raise TypeError(f"{type(self).__name__} is abstract")
+
+
+def _numbers(argument: str, value: Any, count: int, maximum: float | None) -> tuple[float, ...]:
+    """``value`` as so many numbers, in [0, maximum) where there is one."""
+    words = {2: "two", 3: "three"}
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{argument}: expected {words[count]} numbers, got {value!r}")
+    if len(value) != count:
+        raise ValueError(f"{argument}: expected {words[count]} numbers, got {value!r}")
+    minimum = None if maximum is None else 0
+    return tuple(checks.real(argument, number, minimum, maximum, open_maximum=True) for number in value)
 
 
 def _decay(theta: Array, g: Array, s: Array, weight_decay: float) -> None:
@@ -116,7 +131,7 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.real("dampening", self.dampening, 0)
-        if checks.boolean("nesterov", self.nesterov) and (not self.momentum or self.dampening):
+        if self.nesterov and (not self.momentum or self.dampening):
             raise ValueError("nesterov: needs a momentum above 0 and no dampening")
 
     @property
@@ -195,6 +210,21 @@ class AdamW(Adam):
     decoupled = True
 
 
+def _nadam_mu(beta: float, decay: float, step: int) -> float:
+    return beta * (1 - 0.5 * 0.96 ** (step * decay))
+
+
+_NADAM_PRODUCTS: dict[tuple[float, float], list[float]] = {}
+
+
+def _nadam_product(beta: float, decay: float, step: int) -> float:
+    """Π_{i ≤ step} μ_i: a function of its arguments alone; what was worked out before is remembered."""
+    products = _NADAM_PRODUCTS.setdefault((beta, decay), [1.0])
+    while len(products) <= step and products[-1] > 0:
+        products.append(products[-1] * _nadam_mu(beta, decay, len(products)))
+    return products[min(step, len(products) - 1)]
+
+
 @dataclass(frozen=True)
 class NAdam(Optimizer):
     """Adam with Nesterov momentum (Dozat, 2016), μ_t = β₁ (1 − ½ · 0.96^(t · momentum_decay))."""
@@ -206,24 +236,17 @@ class NAdam(Optimizer):
     weight_decay: float = 0.0
     momentum_decay: float = 4e-3
     decoupled_weight_decay: bool = False
-    _products: list[float] = field(default_factory=lambda: [1.0], repr=False, compare=False)
 
     @property
     def moments(self) -> tuple[str, ...]:
         return "m", "v"
 
     def _mu(self, step: int) -> float:
-        return self.betas[0] * (1 - 0.5 * 0.96 ** (step * self.momentum_decay))
-
-    def _mu_product(self, step: int) -> float:
-        """Π_{i ≤ step} μ_i: a function of the step alone; what was worked out before is remembered."""
-        while len(self._products) <= step and self._products[-1] > 0:
-            self._products.append(self._products[-1] * self._mu(len(self._products)))
-        return self._products[min(step, len(self._products) - 1)]
+        return _nadam_mu(self.betas[0], self.momentum_decay, step)
 
     def coefficients(self, lr: float, step: int) -> Coefficients:
         mu, mu_next = self._mu(step), self._mu(step + 1)
-        product = self._mu_product(step)
+        product = _nadam_product(self.betas[0], self.momentum_decay, step)
         root = math.sqrt(1 - self.betas[1] ** step)
         along_g = lr * (1 - mu) / (1 - product)
         along_m = lr * mu_next / (1 - product * mu_next)
@@ -486,8 +509,6 @@ class Muon(Optimizer):
         super().__post_init__()
         checks.integer("ns_steps", self.ns_steps, 1, 99)
         checks.real("lr", self.lr, 0, open_minimum=True)
-        if len(self.ns_coefficients) != 3:
-            raise ValueError(f"ns_coefficients: expected three numbers, got {self.ns_coefficients!r}")
         if self.adjust_lr_fn is not None:
             checks.choice("adjust_lr_fn", self.adjust_lr_fn, ("original", "match_rms_adamw"))
         if not isinstance(self.adamw, AdamW) or self.adamw.amsgrad:

@@ -60,6 +60,7 @@ INITIAL_LOSS_SCALE = 65536.0
 LOSS_SCALE_GROWTH = 2.0
 LOSS_SCALE_BACKOFF = 0.5
 LOSS_SCALE_INTERVAL = 2000
+LOSS_SCALE_MINIMUM = 2.0**-14  # a gradient that does not fit even at this scale is not finite, whatever the scale
 
 
 def get(name: str | Precision) -> Precision:

@@ -5,6 +5,7 @@ A leaf of the trainer; imports rich, and only where there is a terminal to draw 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ class Progress:
 
     def __init__(self, epochs: int, samples: int, enabled: bool = True, stream: TextIO | None = None) -> None:
         self._epochs, self._samples = epochs, samples
-        self._stream = stream or sys.stderr
+        self._stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (pythonw has no standard error)
         self._started = time.perf_counter()
         self._done = 0
         self._epoch = 0

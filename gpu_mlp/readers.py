@@ -16,6 +16,7 @@ import os
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -475,9 +476,9 @@ def _check_names(where: Path, names: Sequence[str], hint: str = "") -> None:
                 f"{where}: column {position} has no name; name it, or if it is the index of a pandas table "
                 "write the file with index=False"
             )
-    repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    if repeated is not None:
-        raise ValueError(f"{where}: two columns are called {repeated!r}; every name must be there once{hint}")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{where}: two columns are called {repeated[0]!r}; every name must be there once{hint}")
 
 
 def _infinite_row(column: np.ndarray) -> int | None:
@@ -676,21 +677,21 @@ def _arrow_column(pyarrow: Any, file: Path, name: str, column: Any) -> np.ndarra
     types, kind = pyarrow.types, column.type
     if types.is_dictionary(kind):
         kind = kind.value_type
-        column = column.cast(kind)
-    if types.is_null(kind):
-        return np.full(len(column), np.nan)
-    if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+    number = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+    text = types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
+    if not (number or text or types.is_null(kind)):
+        raise ValueError(
+            f"{file}: column {name!r} holds {kind}; accepted: numbers, booleans, strings and dictionaries of them "
+            "(spread a nested column over several, turn a time into a number)"
+        )
+    with _decoder(f"{file}, column {name!r}", "Parquet"):
+        if text:
+            texts = np.empty(len(column), object)
+            texts[:] = column.to_pylist()
+            return texts
         whole = column.null_count == 0 and not types.is_decimal(kind)
-        numbers: np.ndarray = (column if whole else column.cast(pyarrow.float64())).to_numpy()
+        numbers: np.ndarray = column.cast(kind if whole else pyarrow.float64()).to_numpy()
         return numbers
-    if types.is_string(kind) or types.is_large_string(kind) or getattr(types, "is_string_view", types.is_string)(kind):
-        texts = np.empty(len(column), object)
-        texts[:] = column.to_pylist()
-        return texts
-    raise ValueError(
-        f"{file}: column {name!r} holds {kind}; accepted: numbers, booleans, strings and dictionaries of them "
-        "(spread a nested column over several, turn a time into a number)"
-    )
 
 
 READERS: dict[str, Callable[[Path, str | None, bool], RawData]] = {

@@ -62,7 +62,14 @@ class StepDecay(Schedule):
         checks.real("gamma", self.gamma, 0)
 
     def rate(self, lr: float, t: float) -> float:
-        return lr * self.gamma ** (t // self.step_size)
+        return lr * _power(self.gamma, t // self.step_size)
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return base**exponent
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Exponential(Schedule):
         checks.real("gamma", self.gamma, 0)
 
     def rate(self, lr: float, t: float) -> float:
-        return lr * self.gamma**t
+        return lr * _power(self.gamma, t)
 
 
 @dataclass(frozen=True)
@@ -150,11 +157,11 @@ class OneCycle(Schedule):
     def rate(self, lr: float, t: float) -> float:
         length = _known(self.length, self.name)
         first = lr / self.div_factor
+        t, last = min(t, length - 1), length - 1
         top = self.pct_start * length - 1
-        t = min(t, length - 1)
-        if t <= top:
+        if top > 0 and t < top:  # a rise of one update begins at the top; a shorter one just past it, as torch's does
             return self._between(first, lr, t / top)
-        return self._between(lr, first / self.final_div_factor, (t - top) / (length - 1 - top))
+        return self._between(lr, first / self.final_div_factor, (t - top) / (last - top) if last > top else 0.0)
 
     def _between(self, start: float, end: float, part: float) -> float:
         if self.anneal == "linear":
@@ -219,7 +226,7 @@ class ReduceOnPlateau(Schedule):
         super().__post_init__()
         checks.real("factor", self.factor, 0, 1, open_maximum=True)
         checks.integer("patience", self.patience, 0)
-        checks.real("threshold", self.threshold, 0)
+        checks.real("threshold", self.threshold, 0, 1 if self.threshold_mode == "rel" else None, open_maximum=True)
         checks.choice("threshold_mode", self.threshold_mode, ("rel", "abs"))
         checks.integer("cooldown", self.cooldown, 0)
         checks.real("lr_min", self.lr_min, 0)

@@ -29,6 +29,7 @@ from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
 from .workspace import Workspace
 
+ADVICE = "a lower learning rate or clip_norm helps in most cases"
 Callback = Callable[["Trainer", "dict[str, float]"], Any]
 
 
@@ -192,7 +193,7 @@ class Trainer:
     ) -> dict[str, float]:
         """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`."""
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
-        names = _check_metrics(metrics, self.loss, self.net.sizes[-1])
+        names = _check_metrics(metrics, self.loss, self.net.sizes[-1], y.ndim == 1)
         return self._evaluate(x, y, w, names)
 
     def _evaluate(self, x: NDArray[Any], y: Array, w: Array | None, names: Sequence[str]) -> dict[str, float]:
@@ -273,7 +274,7 @@ class Trainer:
             self.net._ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
             raise Diverged(
                 f"step {bad}: the {'cost' if where else 'gradient'} is not finite{where}; "
-                "the last good weights are kept (a lower learning rate or clip_norm helps in most cases)"
+                f"the last good weights are kept ({ADVICE})"
             )
 
     def _where_not_finite(self) -> str:
@@ -316,7 +317,7 @@ class _Run:
         if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
             raise TypeError(f"early_stopping: expected an EarlyStopping, got {type(early_stopping).__name__}")
         self.early_stopping = early_stopping
-        self.names = _check_metrics(names, trainer.loss, self.net.sizes[-1])
+        self.names = _check_metrics(names, trainer.loss, self.net.sizes[-1], self.y.ndim == 1)
         self.history = History(self._monitor())
         self._best: NDArray[Any] | None = None
         self._good = self._remember()
@@ -383,6 +384,7 @@ class _Run:
                 self._finish("interrupted")
                 return
             self._refuse_divergence()
+            self._refuse_bad_weights()
             cost = ops.read_state(trainer._state, Slot.EPOCH_COST) / self.n
             rate = ops.read_state(trainer._state, Slot.LEARNING_RATE)
             reason = self._end_epoch(cost, rate, started, progress)
@@ -495,8 +497,9 @@ class _Run:
         if better and stopping is not None and stopping.restore_best:
             self._best = self._good
         progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
-        stops = [callback(trainer, dict(row)) is True for callback in self.callbacks]  # each one is called
-        if any(stops):
+        answers = [callback(trainer, dict(row)) for callback in self.callbacks]  # each one is called
+        self.net._refresh()  # a callback may have written to the weights
+        if any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers):
             return "callback"
         if stopping is not None and self.history.epochs_since_best >= stopping.patience:
             return "early stopping"
@@ -526,14 +529,24 @@ class _Run:
             self.history.stopped = "diverged"
             raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
 
+    def _refuse_bad_weights(self) -> None:
+        """Raise Diverged if a gradient that nothing measured took weights out of the finite numbers."""
+        net = self.net
+        for l, (W, b) in enumerate(zip(net.layout.weights(net._theta), net.layout.biases(net._theta))):
+            if not all(np.isfinite(net._ops.to_host(part)).all() for part in (W, b)):
+                self._recall(self._good)
+                self.history.stopped = "diverged"
+                message = f"epoch {self.trainer.epoch}: the weights of layer {l} are not finite"
+                raise Diverged(f"{message}; those before the epoch are kept ({ADVICE})", self.history)
 
-def _check_metrics(names: Sequence[str] | None, loss: Loss, n_outputs: int) -> tuple[str, ...]:
+
+def _check_metrics(names: Sequence[str] | None, loss: Loss, n_outputs: int, labels: bool) -> tuple[str, ...]:
     """The names, each tried out before any work."""
     if isinstance(names, str):
         raise TypeError(f"metrics: expected a list of names, got the string {names!r}")
     chosen = metrics.default(loss.name, n_outputs) if names is None else tuple(names)
     for name in chosen:
-        metrics.make(name, loss.name, n_outputs)
+        metrics.make(name, loss.name, n_outputs, labels)
     return chosen
 
 

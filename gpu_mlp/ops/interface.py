@@ -273,5 +273,6 @@ class Operations(abc.ABC):
         """Count the step: EPOCH_COST += rows · COST, STEP += 1 where it was applied, and BAD_ROUND or the loss scale
         moves.
 
-        With loss scaling a norm that is not finite halves the scale and counts in SKIPPED; without, it is a bad round.
+        With loss scaling a norm that is not finite halves the scale and counts in SKIPPED; without, or where the
+        scale is below its minimum already, it is a bad round.
         """

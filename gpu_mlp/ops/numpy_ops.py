@@ -7,9 +7,10 @@ GEMMs multiply float32 copies.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -76,10 +77,10 @@ class NumpyOperations(Operations):
         return float(state[slot])
 
     def tuned_for(self, flop: int) -> AbstractContextManager[None]:
-        return _one_blas_thread if flop < SMALL_GEMM else nullcontext()
+        return _quiet(_one_blas_thread() if flop < SMALL_GEMM else nullcontext())
 
     def gather(self, source: Array, rows: Array, out: Array) -> None:
-        if source.dtype == out.dtype:
+        if source.dtype == out.dtype and source.flags.c_contiguous:  # take would first copy all of another order
             np.take(source, rows, axis=0, out=out, mode="clip")
             return
         for block in _row_blocks(len(rows), source[0:1].size):
@@ -146,6 +147,9 @@ class NumpyOperations(Operations):
             t = self._scratch(hb.shape)
             g = gz[block] if gz.dtype == self._compute else self._scratch.wide(1, hb.shape)
             values = FUSED[f.name, loss.name](loss, hb, yb, g, t) if from_z else loss.rows(hb, yb, g, t)
+            if not from_z:
+                saved = h if f.reads == "h" or z is None else z
+                f.df(g, self._widen(0, saved[block]), t)
             weights = None if sample_weight is None else sample_weight[block]
             if weights is None:
                 state[Slot.COST] += values.sum(dtype=np.float64) * share
@@ -153,9 +157,6 @@ class NumpyOperations(Operations):
             else:
                 state[Slot.COST] += np.dot(values, weights) * share
                 np.multiply(g, (weights * (share * scale)).astype(g.dtype)[:, None], out=g)
-            if not from_z:
-                saved = h if f.reads == "h" or z is None else z
-                f.df(g, self._widen(0, saved[block]), t)
             sums.add(g)
             if g.dtype != gz.dtype:
                 gz[block] = g
@@ -277,7 +278,8 @@ class NumpyOperations(Operations):
     def finish_step(self, rows: int, state: Array) -> None:
         state[Slot.EPOCH_COST] += rows * state[Slot.COST]
         finite = np.isfinite(state[Slot.GRADIENT_NORM])
-        if not np.isfinite(state[Slot.COST]) or not (finite or self.precision.loss_scaled):
+        too_large = self.precision.loss_scaled and state[Slot.LOSS_SCALE] >= precision_table.LOSS_SCALE_MINIMUM
+        if not np.isfinite(state[Slot.COST]) or not (finite or too_large):
             state[Slot.BAD_ROUND] = state[Slot.BAD_ROUND] or state[Slot.ROUND] + 1
         elif finite:
             state[Slot.STEP] += 1
@@ -419,37 +421,39 @@ class _ColumnSums:
             np.add(self._out, np.dot(ones, block, out=self._part), out=self._out)
 
 
-class _OneBlasThread(AbstractContextManager[None]):
-    """Keeps BLAS to one thread while any thread of the process is inside; the limit is the process's, so it is counted.
+@contextmanager
+def _quiet(inner: AbstractContextManager[None]) -> Iterator[None]:
+    """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside another context."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"), inner:
+        yield
 
-    On a machine with other work, the threads of a small GEMM wait for each other for whole time slices of the
-    scheduler: a product of 0.1 ms was seen to take 24 ms.
+
+_ONE_BLAS_THREAD = threading.Lock()
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Keep BLAS to one thread; the limit is the process's, so the first thread to come sets it and takes it back.
+
+    On a busy machine the threads of a small GEMM wait for each other for whole time slices of the scheduler: a product
+    of 0.1 ms was seen to take 24 ms.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._controller: Any = None
-        self._limit: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                if self._controller is None:
-                    from threadpoolctl import ThreadpoolController
-
-                    self._controller = ThreadpoolController()
-                self._limit = self._controller.limit(limits=1, user_api="blas")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._limit.restore_original_limits()
+    if not _ONE_BLAS_THREAD.acquire(blocking=False):
+        yield  # limited already, by this thread or another
+        return
+    try:
+        with _blas().limit(limits=1, user_api="blas"):
+            yield
+    finally:
+        _ONE_BLAS_THREAD.release()
 
 
-_one_blas_thread = _OneBlasThread()
+@functools.cache
+def _blas() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
 
 _ONES: dict[np.dtype, Array] = {}
 
