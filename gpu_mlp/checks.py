@@ -61,7 +61,7 @@ def real(
     try:
         number = float(value)
     except OverflowError:  # an int beyond every float
-        number = math.inf if value > 0 else -math.inf
+        number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
     accepted = _interval(minimum, maximum, open_minimum, open_maximum)
     too_low = minimum is not None and (number < minimum or (open_minimum and number == minimum))
     too_high = maximum is not None and (number > maximum or (open_maximum and number == maximum))
@@ -103,7 +103,7 @@ def unmasked(argument: str, value: Any) -> None:
     """A ValueError for a masked array in which anything is masked: the mask would be lost without a word."""
     if np.ma.isMaskedArray(value) and np.ma.is_masked(value):
         raise ValueError(
-            f"{argument}: {np.ma.count_masked(value)} values are masked; fill them or leave their rows out"
+            f"{argument}: {int(np.ma.getmaskarray(value).sum())} values are masked; fill them or leave their rows out"
         )
 
 
@@ -118,6 +118,14 @@ def fits(argument: str, array: np.ndarray, dtype: np.dtype) -> None:
         raise ValueError(f"{argument}: {_where(bad)} is {value:g}, too large for {dtype.name} (at most {limit:g})")
 
 
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number of ``array`` is NaN or infinite; one pass without a temporary settles nearly every case."""
+    if array.dtype.kind in "bui" or not array.size:
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(float(array.sum(dtype=np.float64))) or bool(np.isfinite(array).all())
+
+
 def _where(index: np.ndarray) -> str:
     return ", ".join(f"{axis} {i}" for axis, i in zip(("row", "column"), index))
 
@@ -127,14 +135,8 @@ LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": flo
 
 def finite(argument: str, array: np.ndarray) -> None:
     """A ValueError that names the first entry of ``array`` that is NaN or infinite."""
-    if array.dtype.kind in "bui" or not array.size:
-        return
-    with np.errstate(over="ignore", invalid="ignore"):
-        if math.isfinite(float(array.sum(dtype=np.float64))):  # one pass without a temporary settles nearly every case
-            return
-    bad = ~np.isfinite(array)
-    if bad.any():
-        first = np.argwhere(bad)[0]
+    if not all_finite(array):
+        first = np.argwhere(~np.isfinite(array))[0]
         raise ValueError(f"{argument}: {_where(first)} is {array[tuple(first)]}; every value must be finite")
 
 

@@ -7,8 +7,10 @@ interrupted (Ctrl-C).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -92,7 +94,12 @@ def _declared(command: Any) -> Any:
     return command
 
 
-app.command()(_declared(train))
+def _flowing(command: Any) -> str:
+    """The docstring of a command with its paragraphs as single lines, for the terminal to wrap."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__).split("\n\n"))
+
+
+app.command(help=_flowing(train))(_declared(train))
 
 
 # --- evaluate, predict ----------------------------------------------------------------------------------------------
@@ -120,12 +127,13 @@ def evaluate(
             raise ValueError("target: goes with --data")
         name, part = held_out(loaded)
     else:
-        name, part = "", datasets.load(data, target or loaded.data.get("target"))
+        name, part = "", datasets.load(data, _target_in(data, target, loaded))
         part = part.test if part.test is not None else part
     if part.y is None:
         raise ValueError(f"target: {data} has none; name it with --target")
+    figures = loaded.figures(loaded.outputs(part.x), part.y)
     _say(f"{len(part)} rows")
-    for figure, value in loaded.figures(loaded.outputs(part.x), part.y).items():
+    for figure, value in figures.items():
         print(f"{name} {figure.replace('_', ' ')}: {value:.4f}".strip())
 
 
@@ -148,9 +156,10 @@ def predict(
     writers = {".csv": to_csv, ".npy": to_npy}
     if out is not None and out.suffix not in writers:
         raise ValueError(f"out: expected a file ending in .csv or .npy, got {out}")
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {out.parent}")
     loaded = Model.load(model, device)
-    target = loaded.data.get("target")
-    raw = datasets.load(data, target, require_target=False)
+    raw = datasets.load(data, _target_in(data, None, loaded), require_target=False)
     raw = raw.test if raw.test is not None and data in datasets.BUILT_IN else raw
     y_hat = loaded.outputs(raw.x)
     shares = loaded.probabilities(y_hat) if probabilities else None
@@ -159,6 +168,12 @@ def predict(
     else:
         writers[out.suffix](out, loaded, y_hat, shares)
         _say(f"{len(y_hat)} predictions written to {out}")
+
+
+def _target_in(data: str, given: str | None, model: Any) -> str | None:
+    """The target that was given; else, for a file whose columns or keys have names, the one of the training data."""
+    named = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npz")
+    return given if given is not None or not data.lower().endswith(named) else model.data.get("target")
 
 
 # --- info, check ----------------------------------------------------------------------------------------------------
@@ -198,8 +213,9 @@ def check(
 
 
 def _say(line: str) -> None:
-    """A line for the reader, not for a script: to standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the reader, not for a script: to standard error, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _figures_table(figures: dict[str, dict[str, float]]) -> None:
@@ -209,7 +225,10 @@ def _figures_table(figures: dict[str, dict[str, float]]) -> None:
     table = Table("part", *next(iter(figures.values())))
     for part, row in figures.items():
         table.add_row(part, *(f"{value:.4f}" for value in row.values()))
-    Console().print(table)
+    console = Console()
+    with console.capture() as captured:  # printed by us: rich would end the process over a closed pipe
+        console.print(table)
+    print(captured.get(), end="")
 
 
 def _facts_table(facts: dict[str, str]) -> None:
@@ -231,13 +250,22 @@ def run(arguments: list[str]) -> int:
     usage_error: Any
     click_error: Any
     usage_error, click_error = typer.BadParameter.__mro__[1:3]  # typer brings its own click and does not name them
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks an arrow shows a question mark
     try:
-        status = app(arguments, prog_name="gpu-mlp", standalone_mode=False)
-        sys.stdout.flush()
-        return status if isinstance(status, int) else 0
+        # Not through the command's own main, which would end the process over a closed pipe.
+        with typer.main.get_command(app).make_context("gpu-mlp", arguments or ["--help"]) as context:
+            context.command.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except SystemExit:  # rich's way of saying that nobody reads its help any more
+        return 0
     except click_error as error:
-        context = getattr(error, "ctx", None)
-        where = context.command_path if context else "gpu-mlp"
+        where = getattr(getattr(error, "ctx", None), "command_path", "gpu-mlp")
         hint = f" (see {where} --help)" if isinstance(error, usage_error) else ""
         return _fail(f"{error.format_message()}{hint}", 2)
     except (typer.Abort, KeyboardInterrupt):
@@ -260,7 +288,7 @@ def _one_line(error: BaseException) -> str:
 def _fail(message: str, status: int) -> int:
     if os.environ.get("GPU_MLP_TRACEBACK"):
         traceback.print_exc()
-    print(f"gpu-mlp: {message}", file=sys.stderr, flush=True)
+    _say(f"gpu-mlp: {message}")
     return status
 
 

@@ -137,4 +137,6 @@ class Model:
             raise ValueError(f"model: {path} does not describe a model ({error})") from None
         if preprocessor.n_features_out != net.sizes[0]:
             raise ValueError(f"model: {path} prepares {preprocessor.n_features_out} inputs for {net.sizes[0]}")
+        if isinstance(model.target, Labels) and len(model.target) != net.sizes[-1]:
+            raise ValueError(f"model: {path} has {len(model.target)} labels for {net.sizes[-1]} outputs")
         return model

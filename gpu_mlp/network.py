@@ -117,14 +117,14 @@ class MLP:
         return self._theta
 
     @property
-    def weights(self) -> list[Array]:
+    def weights(self) -> tuple[Array, ...]:
         """W of every layer, (n_{l+1}, n_l), as views: ``net.weights[0][...] = W`` changes the network."""
-        return self.layout.weights(self.theta)
+        return tuple(self.layout.weights(self.theta))
 
     @property
-    def biases(self) -> list[Array]:
+    def biases(self) -> tuple[Array, ...]:
         """b of every layer, (n_{l+1},), as views."""
-        return self.layout.biases(self.theta)
+        return tuple(self.layout.biases(self.theta))
 
     def __repr__(self) -> str:
         hidden = f", activation={list(self.activation)}" if self.activation else ""
@@ -410,7 +410,7 @@ class MLP:
             raise ValueError(f"y: expected {rows} rows, as many as x has, got shape {y.shape}")
         y = loss.check_targets(y, self.sizes[-1])
         if y.ndim > 1:
-            checks.fits("y", y, self._precision.storage_dtype)
+            checks.fits("y", y, self._precision.master_dtype)
         w = checks.sample_weight(sample_weight, rows)
         y = self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
         return y, None if w is None else self._ops.to_device(w, np.float64)

@@ -109,6 +109,10 @@ class TrainOptions:
 def _string(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a string, got {value!r} ({type(value).__name__})")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected text that can be written as UTF-8, got {value!r}") from None
     return value
 
 
@@ -151,5 +155,6 @@ def to_toml(options: TrainOptions) -> str:
     for option in dataclasses.fields(options):
         value = getattr(options, option.name)
         if value is not None and option.name != "out":
-            lines.append(f"{option.name} = {json.dumps(value, ensure_ascii=False)}")
+            literal = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has no bare DEL; JSON has
+            lines.append(f"{option.name} = {literal}")
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ A leaf: imports matplotlib when it draws, and draws into files only.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def _save(figure: Any, path: Path) -> None:
     import io
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font lacks
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # labels longer than the picture
+        figure.savefig(buffer, format="png", dpi=144)
     checkpoint.write_bytes(path, buffer.getvalue())
 
 
@@ -64,7 +68,9 @@ def learning_curves(path: Path, history: History, title: str) -> None:
         axis.axvline(history.best["epoch"], color=BEST, linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}  (best {history.monitor.replace('_', ' ')} at the dotted line)", fontsize=10)
+    figure.suptitle(
+        f"{title}  (best {history.monitor.replace('_', ' ')} at the dotted line)", fontsize=10, parse_math=False
+    )
     _save(figure, path)
 
 
@@ -83,11 +89,13 @@ def confusion_matrix(
     figure.colorbar(image, ax=axis, shrink=0.8, label="share of the true class")
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=10, parse_math=False)
     if n <= MOST_NUMBERS:
         long = max(len(label) for label in labels) > 3
-        axis.set_xticks(range(n), labels, rotation=45 if long else 0, ha="right" if long else "center")
-        axis.set_yticks(range(n), labels)
+        axis.set_xticks(
+            range(n), labels, rotation=45 if long else 0, ha="right" if long else "center", parse_math=False
+        )
+        axis.set_yticks(range(n), labels, parse_math=False)
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 colour = "white" if share[row, column] > 0.5 else "black"

@@ -529,10 +529,15 @@ def _as_numbers(label: str, column: np.ndarray) -> np.ndarray:
     """A column that was numeric at the fit."""
     if column.dtype.kind in "biuf":
         return column
+    numbers = np.full(len(column), np.nan)
     for row, text in enumerate(_texts(label, column)):
-        if text is not None:
-            raise ValueError(f"{_row(row)}, {label}: expected a number, as at the fit, got {text!r}")
-    return np.full(len(column), np.nan)
+        if text is None:
+            continue
+        try:
+            numbers[row] = float(text)
+        except ValueError:
+            raise ValueError(f"{_row(row)}, {label}: expected a number, as at the fit, got {text!r}") from None
+    return numbers
 
 
 def _refuse_missing(

@@ -5,6 +5,7 @@ A leaf of the trainer; imports rich, and only where there is a terminal to draw 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -73,7 +74,8 @@ class Progress:
         """Write a line, unless one was written a moment ago; the last line of a run is always written."""
         now = time.perf_counter()
         if always or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            print(line, file=self._stream, flush=True)
+            with contextlib.suppress(OSError):  # a run goes on when nobody reads its progress any more
+                print(line, file=self._stream, flush=True)
             self._last_line, self._pending = now, ""
         else:
             self._pending = line

@@ -80,27 +80,41 @@ def _cut(raw: RawData, task: str, fraction: float, seed: int) -> tuple[RawData, 
 
 
 class Run:
-    """A run that has been checked and is ready to start; making one reads the data and writes nothing."""
+    """A run that has been checked and is ready to start.
+
+    Making one reads the data and prepares every part of it, so that whatever is wrong shows before the training. It
+    leaves nothing on the disk.
+    """
 
     def __init__(self, given: TrainOptions) -> None:
         self.options = _resolved(given)
+        self._early_stopping = None if self.options.patience is None else EarlyStopping(self.options.patience)
+        if self.options.out is not None:
+            _remove_empty(_make(Path(self.options.out)))  # before the data are read: can there be such a folder?
+        raw = self._read()
+        self._resolve_task(raw)
+        self._check_whole(raw)
+        chosen = self.options
+        self.parts = split_parts(raw, chosen.task, chosen.test, chosen.validation, chosen.seed)
+        self.model = self._model()
+        self.trainer = self._trainer()
+        self._prepared = {name: self._prepare(part) for name, part in self.parts.named().items()}
+
+    # --- before the start ---
+
+    def _read(self) -> RawData:
         chosen = self.options
         raw = data.load(chosen.data, chosen.target, chosen.folder)
         if raw.y is None:
             raise ValueError(f"target: {chosen.data} has none; name it with --target")
-        self.options.task = chosen.task if chosen.task != "auto" else infer_task(raw.y)
-        self._resolve_task()
-        self.parts = split_parts(raw, chosen.task, chosen.test, chosen.validation, chosen.seed)
-        self.model = self._model()
-        self.trainer = self._trainer()
-        self._x, self._y = self._prepared(self.parts.train)
-        self.folder = Path(chosen.out) if chosen.out else _new_folder(raw.name)
+        return raw
 
-    # --- before the start ---
-
-    def _resolve_task(self) -> None:
+    def _resolve_task(self, raw: RawData) -> None:
         """The options whose defaults wait for the task, and the losses that do not fit it."""
-        chosen, outputs = self.options, OUTPUT_OF[self.options.task]
+        chosen = self.options
+        if chosen.task == "auto":
+            chosen.task = infer_task(_target_of(raw))
+        outputs = OUTPUT_OF[chosen.task]
         if chosen.loss is None:
             chosen.loss = next(iter(outputs))
         if chosen.loss not in outputs:
@@ -110,6 +124,14 @@ class Run:
             chosen.label_smoothing = DEFAULT_SMOOTHING if chosen.loss == "cross_entropy" else 0.0
         elif chosen.label_smoothing and chosen.loss != "cross_entropy":
             raise ValueError(f"label_smoothing: only for loss 'cross_entropy', not {chosen.loss!r}")
+
+    def _check_whole(self, raw: RawData) -> None:
+        """Refuse bad values by their row in the file, which the rows of a part no longer know."""
+        if len(raw) < 2 and raw.test is None and (self.options.test or self.options.validation):
+            raise ValueError(f"data: {len(raw)} row cannot be split; use test=0 and validation=0")
+        target = Labels if self.options.task == "classification" else TargetScaler
+        target.fit(_target_of(raw))
+        Preprocessor.fit(raw.x, feature_names=raw.feature_names, standardize=False, impute=self.options.impute)
 
     def _model(self) -> Model:
         chosen, train = self.options, self.parts.train
@@ -153,7 +175,7 @@ class Run:
             chosen.accumulate,
         )
 
-    def _prepared(self, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _prepare(self, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
         """A part as the network takes it."""
         x, y = self.model.inputs(part.x), self.model.targets(_target_of(part))
         self.trainer.loss.check_targets(y, self.model.net.sizes[-1])
@@ -164,20 +186,19 @@ class Run:
     def start(self) -> Result:
         """Train, then write the run folder. What was learned is written too when a run is interrupted or diverges."""
         chosen = self.options
-        created = _make_folder(self.folder)
-        validation = None if self.parts.validation is None else self._prepared(self.parts.validation)
-        early = None if chosen.patience is None else EarlyStopping(chosen.patience)
+        self.folder = _new_folder(chosen.data) if chosen.out is None else Path(chosen.out)
+        created = _make(self.folder)
         diverged = None
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
                 history = self.trainer.fit(
-                    (self._x, self._y),
+                    self._prepared["train"],
                     epochs=chosen.epochs,
                     batch_size=chosen.batch_size,
-                    validation=validation,
+                    validation=self._prepared.get("validation"),
                     progress=chosen.progress,
-                    early_stopping=early,
+                    early_stopping=self._early_stopping,
                 )
         except Diverged as error:
             if error.history is None or not len(error.history):
@@ -193,13 +214,13 @@ class Run:
         return result
 
     def _write(self, history: History) -> Result:
-        """The figures of every part, and the files of the run folder."""
-        outputs = {name: self.model.outputs(part.x) for name, part in self.parts.named().items()}
+        """The files of the run folder, the model first: whatever happens then, what was learned is there."""
+        self.model.save(self.folder / "model.safetensors")
+        checkpoint.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
+        outputs = {name: self.model.net.forward(x) for name, (x, _) in self._prepared.items()}
         figures = {
             name: self.model.figures(outputs[name], _target_of(part)) for name, part in self.parts.named().items()
         }
-        self.model.save(self.folder / "model.safetensors")
-        checkpoint.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
         record = {**history.to_dict(), "figures": figures}
         checkpoint.write_bytes(self.folder / "history.json", _json(record).encode())
         if self.options.plots and plots.available():
@@ -208,7 +229,8 @@ class Run:
 
     def _draw(self, history: History, outputs: Mapping[str, NDArray[Any]]) -> None:
         title = f"{self.options.data}: {' → '.join(map(str, self.model.net.sizes))}"
-        plots.learning_curves(self.folder / "learning_curves.png", history, title)
+        if len(history):
+            plots.learning_curves(self.folder / "learning_curves.png", history, title)
         part = list(outputs)[-1]
         if isinstance(self.model.target, Labels):
             true = self.model.target.encode(_target_of(self.parts.named()[part]))
@@ -284,9 +306,9 @@ def _schedule(chosen: TrainOptions) -> schedules.Schedule:
 # --- the run folder -------------------------------------------------------------------------------------------------
 
 
-def _new_folder(name: str) -> Path:
+def _new_folder(source: str) -> Path:
     """A folder under runs/ that does not exist yet, named after the data and the time."""
-    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(name).stem or "run")
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(source.split(",")[0]).stem or "run")
     first = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, n = first, 1
     while folder.exists():
@@ -295,15 +317,17 @@ def _new_folder(name: str) -> Path:
     return folder
 
 
-def _make_folder(folder: Path) -> list[Path]:
+def _make(folder: Path) -> list[Path]:
     """Make the run folder and see that it can be written to; the folders that had to be made, innermost first."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out: {folder} exists and is not an empty folder; choose another")
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = checkpoint.write_bytes(folder / ".probe", b"")
-        probe.unlink()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"out: {folder} exists and is not an empty folder; choose another")
+        for path in reversed([folder, *folder.parents]):
+            if not path.exists():
+                path.mkdir()
+                created.insert(0, path)
+        checkpoint.write_bytes(folder / ".probe", b"").unlink()
     except OSError as error:
         _remove_empty(created)
         raise ValueError(f"out: cannot write to {folder} ({os.strerror(error.errno or 0)})") from None

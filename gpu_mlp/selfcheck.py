@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import checks, ops
 from .activations import ACTIVATIONS
 from .gradcheck import GradcheckReport, gradcheck
 from .losses import LOSSES, Loss
 from .network import MLP
 from .precision import PRECISIONS
+from .precision import get as precision_of
 from .regularizers import ElasticNet
 from .training import Trainer
 
@@ -38,8 +40,13 @@ class Check:
 
 
 def run_checks(device: str, seed: int) -> Iterator[Check]:
-    """Every check, one after the other."""
-    rng = np.random.default_rng(seed)
+    """Every check, one after the other; the arguments are checked at once, ValueError and TypeError as everywhere."""
+    ops.make(device, precision_of("float32"))
+    checks.integer("seed", seed, 0, 2**64 - 1)
+    return _all_checks(np.random.default_rng(seed), device, seed)
+
+
+def _all_checks(rng: np.random.Generator, device: str, seed: int) -> Iterator[Check]:
     yield from _gradients(rng, seed)
     yield from _precisions(rng, device, seed)
     yield _repeatable(rng, device, seed)
@@ -73,9 +80,9 @@ def _report(hidden: str, output: str, loss: str, rng: np.random.Generator, seed:
     """A small float64 network against finite differences, every parameter away from the penalty's kink at 0."""
     net = MLP([4, 5, 5, 3], hidden, output, precision="float64", device="cpu", seed=seed)
     for b in net.biases:
-        b[...] = rng.uniform(0.1, 0.5, b.shape)
+        b[...] = rng.uniform(0.1, 0.3, b.shape)
     y = _target(LOSSES[loss](), 6, 3, rng)
-    return gradcheck(net, rng.normal(size=(6, 4)), y, loss, ElasticNet(1e-3, 1e-2, on="all"))
+    return gradcheck(net, rng.uniform(-0.8, 0.8, (6, 4)), y, loss, ElasticNet(1e-3, 1e-2, on="all"))
 
 
 def _difference_check(name: str, reports: list[GradcheckReport]) -> Check:

@@ -107,6 +107,7 @@ class Trainer:
             self._step(self.net._input(x), y, w, self.schedule, work)
         if not self.net._ops.waits:
             self._refuse_divergence()
+            self._refuse_bad_weights()
         return self.net._ops.snapshot_state(self._state, Slot.COST)
 
     def _step(self, x: Array, y: Array, w: Array | None, schedule: Schedule, work: Workspace) -> None:
@@ -276,6 +277,13 @@ class Trainer:
                 f"step {bad}: the {'cost' if where else 'gradient'} is not finite{where}; "
                 f"the last good weights are kept ({ADVICE})"
             )
+
+    def _refuse_bad_weights(self) -> None:
+        """Raise Diverged if a gradient that nothing measured took weights out of the finite numbers."""
+        net = self.net
+        for l, (W, b) in enumerate(zip(net.layout.weights(net._theta), net.layout.biases(net._theta))):
+            if not all(checks.all_finite(net._ops.to_host(part)) for part in (W, b)):
+                raise Diverged(f"the weights of layer {l} are not finite ({ADVICE})")
 
     def _where_not_finite(self) -> str:
         """Which layer's values left the finite numbers first in the last forward pass."""
@@ -530,14 +538,13 @@ class _Run:
             raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
 
     def _refuse_bad_weights(self) -> None:
-        """Raise Diverged if a gradient that nothing measured took weights out of the finite numbers."""
-        net = self.net
-        for l, (W, b) in enumerate(zip(net.layout.weights(net._theta), net.layout.biases(net._theta))):
-            if not all(np.isfinite(net._ops.to_host(part)).all() for part in (W, b)):
-                self._recall(self._good)
-                self.history.stopped = "diverged"
-                message = f"epoch {self.trainer.epoch}: the weights of layer {l} are not finite"
-                raise Diverged(f"{message}; those before the epoch are kept ({ADVICE})", self.history)
+        try:
+            self.trainer._refuse_bad_weights()
+        except Diverged as error:
+            self._recall(self._good)
+            self.history.stopped = "diverged"
+            message = f"epoch {self.trainer.epoch}: {error}; those before the epoch are kept"
+            raise Diverged(message, self.history) from None
 
 
 def _check_metrics(names: Sequence[str] | None, loss: Loss, n_outputs: int, labels: bool) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from ..precision import Precision
 from ..regularizers import ElasticNet
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+CLIP_EPS = 1e-6  # added to the norm that clips, as in torch.nn.utils.clip_grad_norm_
 ALIGNMENT = 256  # bytes; the start of every W and b, for 128-bit loads and cuBLAS
 
 

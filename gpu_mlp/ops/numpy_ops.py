@@ -23,12 +23,11 @@ from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
 from . import philox
-from .interface import ALIGNMENT, Dropout, Layout, Operations, Slot
+from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Slot
 
 Array = NDArray[Any]
 BLOCK = 16384  # elements of one elementwise pass: six such float32 arrays fit a 512 KiB second-level cache
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
-CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class NumpyOperations(Operations):

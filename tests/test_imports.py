@@ -1,0 +1,166 @@
+"""What `import gpu_mlp` brings along and how long it takes, and that imports between the rooms run downwards only."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpu_mlp
+
+PACKAGE = Path(gpu_mlp.__file__).parent
+HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pandas", "pyarrow", "torch", "ml_dtypes",
+         "safetensors", "threadpoolctl")  # fmt: skip
+
+# The rooms from the ground up; a module may import from lower rows only. Leaves stand in row 0, and within row 0 they
+# may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
+LEAVES = {
+    "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
+    "history", "metrics", "progress", "checkpoint", "ops.philox",
+}  # fmt: skip
+ROWS = [
+    LEAVES,
+    {"readers", "preprocessing", "ops.interface", "ops.launch"},
+    {"data", "ops.gemm"},
+    {"ops.numpy_ops", "ops.cuda_ops"},
+    {"ops"},
+    {"workspace"},
+    {"network"},
+    {"training", "gradcheck"},
+]
+TOP = len(ROWS)
+LEANS = {  # of the leaves: what each may import of the package
+    "losses": {"checks", "activations"},
+    "optimizers": {"checks", "activations"},
+    "ops.philox": set(),
+    "checks": set(),
+}
+CUPY = {"ops.cuda_ops", "ops.gemm", "ops.launch"}
+CLI = {"cli", "__main__"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        name = name.removesuffix(".__init__")
+        if name != "__init__":
+            yield name, path
+
+
+def row(name):
+    return next((i for i, names in enumerate(ROWS) if name in names), TOP)
+
+
+def imports(name, path):
+    """Everything that a module imports, at any depth: as (module of the package or None, full name)."""
+    package = ["gpu_mlp", *(name.split(".") if path.name == "__init__.py" else name.split(".")[:-1])]
+    known = {n for n, _ in modules()}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for full in found:
+            parts = full.split(".")
+            if parts[0] != "gpu_mlp":
+                yield None, full
+                continue
+            inner = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+            yield next((candidate for candidate in inner if candidate in known), ""), full
+
+
+@pytest.mark.parametrize(("name", "path"), [*modules()], ids=lambda v: v if isinstance(v, str) else "")
+def test_imports_run_downwards_only(name, path):
+    for inner, full in imports(name, path):
+        if inner is None:
+            continue
+        if inner == "":
+            assert row(name) == TOP, f"{name} imports the package itself ({full})"
+        elif name in LEAVES:
+            assert inner in LEANS.get(name, {"checks"}), f"the leaf {name} imports {full}"
+        elif row(name) < TOP:
+            assert row(inner) < row(name), f"{name} imports {full}, a room that is not below it"
+        else:
+            assert inner not in CLI or name in CLI, f"{name} imports the command line"
+
+
+@pytest.mark.parametrize(("name", "path"), [*modules()], ids=lambda v: v if isinstance(v, str) else "")
+def test_cupy_stays_in_the_cuda_rooms(name, path):
+    outside = {full.split(".")[0] for inner, full in imports(name, path) if inner is None}
+    if name not in CUPY:
+        assert not outside & {"cupy", "cupyx", "cupy_backends"}
+    if row(name) < TOP:
+        assert not outside & {"typer", "click", "sklearn", "matplotlib"}
+    if name in LEAVES - {"progress"}:
+        assert not outside & {"rich"}
+
+
+def test_the_walk_sees_imports_of_every_form(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text(
+        "import cupy.cuda\nfrom . import checks\nfrom ..network import MLP\n"
+        "def f():\n    from gpu_mlp.ops.philox import bits\n    import gpu_mlp\n"
+    )
+    found = set(imports("ops.some", path))
+    assert {i for i, _ in found} == {None, "ops", "network", "ops.philox", ""}
+    assert (None, "cupy.cuda") in found
+
+
+def test_there_is_no_circle():
+    """Each room can be imported first, in a process of its own."""
+    code = "import importlib, sys; importlib.import_module('gpu_mlp.' + sys.argv[1])"
+    for name in ("ops.interface", "losses", "training"):
+        subprocess.run([sys.executable, "-c", code, name], check=True, timeout=60)
+
+
+IMPORT = """
+import json, sys, time
+import numpy, numpy.random, numpy.linalg, typing, dataclasses, pathlib
+start = time.perf_counter()
+import gpu_mlp
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted({name.split(".")[0] for name in sys.modules})}))
+"""
+
+
+def fresh_import():
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_import_brings_nothing_heavy_along():
+    loaded = set(fresh_import()["modules"])
+    assert "gpu_mlp" in loaded
+    assert not loaded & set(HEAVY)
+    assert any(importlib.util.find_spec(name) for name in HEAVY), "or the test would prove nothing"
+
+
+def test_import_takes_under_three_tenths_of_a_second():
+    """Beyond NumPy's own time; one of five will do, since other work on the machine only ever adds."""
+    assert any(fresh_import()["seconds"] < 0.3 for _ in range(5))
+
+
+def test_training_on_the_cpu_needs_neither_the_command_line_nor_plots():
+    code = (
+        "import sys, numpy as np\nfrom gpu_mlp import MLP, Trainer\n"
+        "net = MLP([2, 3, 2], output='softmax')\n"
+        "Trainer(net).fit((np.ones((8, 2)), np.zeros(8, int)), epochs=2, progress=False)\n"
+        "print(' '.join({m.split('.')[0] for m in sys.modules} & {'typer', 'click', 'rich', 'sklearn', 'matplotlib',"
+        " 'pandas', 'cupy', 'pyarrow', 'torch'}))"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert done.stdout.strip() == ""
