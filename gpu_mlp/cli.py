@@ -214,8 +214,9 @@ def check(
 
 def _say(line: str) -> None:
     """A line for the reader, not for a script: to standard error, if anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _figures_table(figures: dict[str, dict[str, float]]) -> None:
@@ -242,6 +243,9 @@ def _facts_table(facts: dict[str, str]) -> None:
 
 def main() -> None:
     """Run the command line; every failure a user can cause is one line and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks an arrow
     sys.exit(run(sys.argv[1:]))
 
 
@@ -250,9 +254,6 @@ def run(arguments: list[str]) -> int:
     usage_error: Any
     click_error: Any
     usage_error, click_error = typer.BadParameter.__mro__[1:3]  # typer brings its own click and does not name them
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks an arrow shows a question mark
     try:
         # Not through the command's own main, which would end the process over a closed pipe.
         with typer.main.get_command(app).make_context("gpu-mlp", arguments or ["--help"]) as context:

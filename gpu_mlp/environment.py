@@ -10,8 +10,9 @@ import subprocess
 from pathlib import Path
 
 from .model import Model
+from .ops import cuda_obstacle
 
-OPTIONAL = ("ml_dtypes", "matplotlib", "pyarrow", "scikit-learn", "torch")
+OPTIONAL = ("cupy-cuda12x", "ml_dtypes", "matplotlib", "pyarrow", "scikit-learn", "torch")
 
 
 def describe_machine() -> dict[str, str]:
@@ -24,7 +25,9 @@ def describe_machine() -> dict[str, str]:
     )
     facts["optional"] = ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
     facts["NVIDIA GPU"] = _gpu()
-    facts["devices"] = "cpu (this release has no CUDA implementation)"
+    facts["CUDA"] = (
+        cuda_obstacle() or "usable with device='cuda' (not yet measured on a GPU; device='auto' means the CPU)"
+    )
     return facts
 
 

@@ -98,7 +98,7 @@ class Run:
         self.parts = split_parts(raw, chosen.task, chosen.test, chosen.validation, chosen.seed)
         self.model = self._model()
         self.trainer = self._trainer()
-        self._prepared = {name: self._prepare(part) for name, part in self.parts.named().items()}
+        self._prepared = {name: self._prepare(name, part) for name, part in self.parts.named().items()}
 
     # --- before the start ---
 
@@ -158,6 +158,7 @@ class Run:
             seed=chosen.seed,
         )
         source = {name: getattr(chosen, name) for name in ("data", "target", "folder", "test", "validation", "seed")}
+        source["data"] = _from_anywhere(chosen.data)
         return Model(net, preprocessor, target, str(chosen.loss), source)
 
     def _trainer(self) -> Trainer:
@@ -175,10 +176,13 @@ class Run:
             chosen.accumulate,
         )
 
-    def _prepare(self, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _prepare(self, name: str, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
         """A part as the network takes it."""
-        x, y = self.model.inputs(part.x), self.model.targets(_target_of(part))
-        self.trainer.loss.check_targets(y, self.model.net.sizes[-1])
+        try:
+            x, y = self.model.inputs(part.x), self.model.targets(_target_of(part))
+            self.trainer.loss.check_targets(y, self.model.net.sizes[-1])
+        except ValueError as error:
+            raise ValueError(f"{name} part: {error}") from None
         return x, y
 
     # --- the run ---
@@ -208,7 +212,11 @@ class Run:
         except BaseException:
             _remove_empty(created)
             raise
-        result = self._write(history)
+        try:
+            result = self._write(history)
+        except BaseException:
+            _remove_empty(created)  # only if nothing at all could be written
+            raise
         if diverged is not None:
             raise Diverged(f"{diverged}; the model of the last good epoch is in {self.folder}", history)
         return result
@@ -218,9 +226,10 @@ class Run:
         self.model.save(self.folder / "model.safetensors")
         checkpoint.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
         outputs = {name: self.model.net.forward(x) for name, (x, _) in self._prepared.items()}
-        figures = {
-            name: self.model.figures(outputs[name], _target_of(part)) for name, part in self.parts.named().items()
-        }
+        with np.errstate(all="ignore"):  # the square of a huge target; the figure then says inf
+            figures = {
+                name: self.model.figures(outputs[name], _target_of(part)) for name, part in self.parts.named().items()
+            }
         record = {**history.to_dict(), "figures": figures}
         checkpoint.write_bytes(self.folder / "history.json", _json(record).encode())
         if self.options.plots and plots.available():
@@ -325,7 +334,7 @@ def _make(folder: Path) -> list[Path]:
             raise ValueError(f"out: {folder} exists and is not an empty folder; choose another")
         for path in reversed([folder, *folder.parents]):
             if not path.exists():
-                path.mkdir()
+                path.mkdir(exist_ok=path != folder)  # another run may be making runs/ just now
                 created.insert(0, path)
         checkpoint.write_bytes(folder / ".probe", b"").unlink()
     except OSError as error:
@@ -341,6 +350,17 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
+
+
+def _from_anywhere(source: str) -> str:
+    """A data source in words that mean the same in every folder: the path in full, a built-in name as it is."""
+    if source in data.BUILT_IN:
+        return source
+    return (
+        ",".join(os.path.abspath(part.strip()) for part in source.split(","))
+        if not os.path.exists(source)
+        else (os.path.abspath(source))
+    )
 
 
 def _target_of(part: RawData) -> NDArray[Any]:

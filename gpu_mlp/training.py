@@ -229,7 +229,12 @@ class Trainer:
         """L-BFGS needs a deterministic J, and takes its own steps."""
         if not isinstance(self.optimizer, LBFGS):
             return
-        for argument, value in (("dropout", any(self.net.dropout)), ("clip_norm", self.clip_norm is not None)):
+        given = {
+            "dropout": any(self.net.dropout),
+            "clip_norm": self.clip_norm is not None,
+            "accumulate": self.accumulate > 1,
+        }
+        for argument, value in given.items():
             if value:
                 raise ValueError(f"{argument}: L-BFGS minimises J itself, so it can have none")
         if not isinstance(self.schedule, schedules.Constant):
@@ -315,6 +320,8 @@ class _Run:
         self.x, self.y, self.w = self._check("data", dataset)
         self.validation = self._check_validation(validation)
         self.n = len(self.x)
+        if self.net._ops.waits:
+            self.x = self.net._ops.to_device(self.x)  # the whole data set lives on the device
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         full_batch = isinstance(trainer.optimizer, LBFGS)
         self.rows = self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // trainer.accumulate)
@@ -403,7 +410,8 @@ class _Run:
 
     def _minibatches(self) -> Iterator[Any]:
         order = data.epoch_order(self.n, self.trainer.seed, self.trainer.epoch - 1) if self.shuffle else None
-        return data.minibatches(self.n, self.batch_size, order)
+        for rows in data.minibatches(self.n, self.batch_size, order):
+            yield rows if isinstance(rows, slice) else self.net._ops.to_device(rows)
 
     def _batch_buffers(self) -> tuple[Array, Array, Array | None]:
         ops, storage = self.net._ops, self.net._precision.storage_dtype
@@ -436,7 +444,7 @@ class _Run:
         started, reason = time.perf_counter(), ""
 
         def objective(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            net._theta[...] = theta
+            self._recall(theta)
             cost = self._full_gradient()
             progress.advance(self.n)
             if not math.isfinite(cost):
@@ -450,7 +458,7 @@ class _Run:
             nonlocal started, reason
             trainer.epoch += 1
             trainer.rounds += 1
-            net._theta[...] = intermediate_result.x
+            self._recall(intermediate_result.x)
             reason = self._end_epoch(float(intermediate_result.fun), 1.0, started, progress)
             started = time.perf_counter()
             if interrupted.is_set():
@@ -467,7 +475,7 @@ class _Run:
         }
         start = net._ops.to_host(net._theta).astype(np.float64)
         result = minimize(objective, start, jac=True, method="L-BFGS-B", callback=end_iteration, options=options)
-        net._theta[...] = result.x
+        self._recall(result.x)
         self._finish(reason or ("converged" if result.success else "completed"))
 
     def _full_gradient(self) -> float:
@@ -519,7 +527,7 @@ class _Run:
 
     def _recall(self, theta: NDArray[Any]) -> None:
         net = self.net
-        net._ops.copy(net._ops.to_device(theta), net._theta)
+        net._ops.copy(net._ops.to_device(theta, net._theta.dtype), net._theta)
         if net._shadow is not None:
             net._ops.copy(net._theta, net._shadow)
 

@@ -1,0 +1,169 @@
+"""From kernel text to a launched kernel: puts the sources together, compiles them once for the types at hand, sizes
+grids.
+
+Leans on CuPy and on the texts of `gpu_mlp.kernels`. The headers are written into the source rather than included:
+CuPy's kernel cache goes by the source text alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..optimizers import Optimizer
+
+THREADS = 256  # of every block; as in kernels/types.cuh
+BLOCKS_PER_PROCESSOR = 8  # 2048 threads fill a multiprocessor of every architecture from sm_70 on, or nearly
+MAX_GRID_Y = 65535
+WARP = 32
+WIDE_ROW = 1024  # columns from which a row gets a whole block instead of a warp
+PACK_BYTES = 16  # of one load or store
+
+STORAGE = {
+    "float64": "STORAGE_FLOAT64",
+    "float32": "STORAGE_FLOAT32",
+    "float16": "STORAGE_FLOAT16",
+    "bfloat16": "STORAGE_BFLOAT16",
+}
+COMMON = ("types.cuh", "activations.cuh", "philox.cuh", "reduce.cuh")
+# Which headers a source needs in front of it, beside the common ones.
+HEADERS = {
+    "forward.cu": ("tile.cuh",),
+    "backward.cu": ("tile.cuh",),
+    "softmax.cu": ("rows.cuh",),
+    "loss.cu": ("tile.cuh", "losses.cuh", "target.cuh"),
+    "cross_entropy.cu": ("rows.cuh", "target.cuh"),
+    "flat.cu": (),
+    "update.cu": ("optimizers.cuh",),
+    "muon.cu": (),
+    "gather.cu": ("tile.cuh",),
+}
+
+Macros = tuple[tuple[str, str], ...]
+
+
+@functools.cache
+def text(name: str) -> str:
+    """A kernel source or header, as it is shipped."""
+    return importlib.resources.files("gpu_mlp.kernels").joinpath(name).read_text()
+
+
+def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
+    """The whole text of one module: macros, headers, kernels.
+
+    storage: the dtype name of T; vec: elements of a thread's load; macros: pairs of name and value.
+    """
+    defines = [f"#define {STORAGE[storage]}", f"#define VEC {vec}"]
+    defines += [f"#define {macro} {value}" for macro, value in macros]
+    files = (*COMMON, *HEADERS[name], name)
+    return "\n".join([*defines, *(f"// --- {file}\n{text(file)}" for file in files)])
+
+
+@functools.cache
+def _module(name: str, storage: str, vec: int, macros: Macros) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(name, storage, vec, macros), options=("--std=c++17",), backend="nvrtc")
+
+
+@functools.cache
+def kernel(name: str, function: str, storage: str, vec: int, macros: Macros = ()) -> Any:
+    """A compiled kernel; compiled at the first call, then kept (and by CuPy on disk)."""
+    return _module(name, storage, vec, macros).get_function(function)
+
+
+@functools.cache
+def processors() -> int:
+    """The number of multiprocessors of the current device."""
+    import cupy
+
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+
+def vector_length(columns: int, *arrays: Any) -> int:
+    """How many elements a thread may load at once: a pack of 16 bytes where every array and row allows it, else 1.
+
+    The length fits the narrowest type among the arrays, so that no pack is larger than 16 bytes.
+    """
+    present = [array for array in arrays if array is not None]
+    length = PACK_BYTES // max(array.dtype.itemsize for array in present)
+    if columns % length:
+        return 1
+    aligned = all(array.data.ptr % min(PACK_BYTES, length * array.dtype.itemsize) == 0 for array in present)
+    return length if aligned else 1
+
+
+def tile(rows: int, columns: int, vec: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block for `kernels/tile.cuh`: columns across, rows down, about as many blocks as fill the device."""
+    packs = -(-columns // vec)
+    across = WARP
+    while across < THREADS and across < packs:
+        across *= 2
+    down = THREADS // across
+    grid_x = -(-packs // across)
+    wanted = max(1, processors() * BLOCKS_PER_PROCESSOR // max(1, grid_x))
+    grid_y = min(-(-rows // down), wanted, MAX_GRID_Y)
+    return (grid_x, grid_y), (across, down)
+
+
+def by_row(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block for `kernels/rows.cuh`: a warp a row, or a block a row where it is long."""
+    block = (THREADS, 1) if columns > WIDE_ROW else (WARP, THREADS // WARP)
+    groups = -(-rows // block[1])
+    return (min(groups, processors() * BLOCKS_PER_PROCESSOR), 1), block
+
+
+def flat(count: int, vec: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block for a grid-stride loop over ``count`` elements."""
+    blocks = -(-count // (THREADS * vec))
+    return (min(blocks, processors() * BLOCKS_PER_PROCESSOR), 1), (THREADS, 1)
+
+
+def covering(count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block with a thread for each of ``count`` elements."""
+    return (-(-count // THREADS), 1), (THREADS, 1)
+
+
+ONE_BLOCK = ((1, 1), (THREADS, 1))
+ONE_THREAD = ((1, 1), (1, 1))
+
+
+def launch(function: Any, geometry: tuple[tuple[int, int], tuple[int, int]], arguments: Sequence[Any]) -> None:
+    """Launch a kernel; a grid without blocks launches nothing. An argument that is None becomes a null pointer."""
+    grid, block = geometry
+    if grid[0] == 0 or grid[1] == 0:
+        return
+    function(grid, block, tuple(np.uint64(0) if argument is None else argument for argument in arguments))
+
+
+def rule_macros(optimizer: Optimizer) -> Macros:
+    """The hyperparameters of a rule as the macros that kernels/optimizers.cuh is written in."""
+    values: dict[str, Any] = {
+        name.upper(): getattr(optimizer, name)
+        for name in (
+            "weight_decay",
+            "eps",
+            "momentum",
+            "dampening",
+            "nesterov",
+            "momentum_decay",
+            "lr_decay",
+            "alpha",
+            "rho",
+            "centered",
+            "amsgrad",
+        )
+        if hasattr(optimizer, name)
+    }
+    if hasattr(optimizer, "betas"):
+        values["BETA1"], values["BETA2"] = optimizer.betas
+    decoupled = getattr(optimizer, "decoupled", getattr(optimizer, "decoupled_weight_decay", optimizer.name == "lion"))
+    values["DECOUPLED"] = decoupled
+    values["MOMENTS"] = len(optimizer.moments)
+    values["HAS_MOMENTUM"] = bool(getattr(optimizer, "momentum", 0))
+    rule = "RULE_ADAM" if optimizer.name in ("adam", "adamw") else f"RULE_{optimizer.name.upper()}"
+    return ((rule, "1"), *((name, repr(float(v) if isinstance(v, float) else int(v))) for name, v in values.items()))

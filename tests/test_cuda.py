@@ -1,0 +1,175 @@
+"""The CUDA implementation against the NumPy reference, on an emulated GPU: the same kernels, launches and cuBLAS calls.
+
+The kernels' own text runs on the CPU (see `cuda_on_cpu`), every launch twice in opposite orders of the threads, on
+memory with guards around it. What only a GPU can tell, speed above all, is not told here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_on_cpu.fixtures import emulated_gpu  # noqa: F401
+
+from gpu_mlp import (
+    LBFGS,
+    MLP,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    CrossEntropy,
+    ElasticNet,
+    Huber,
+    Lion,
+    Muon,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Trainer,
+)
+from gpu_mlp.activations import ACTIVATIONS
+from gpu_mlp.losses import LOSSES
+
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
+
+# By precision: how far a gradient may be from the reference's, relative to its norm. The 16-bit types round at other
+# places than the reference does (a GEMM's product before the bias is added): a few units in their last place.
+TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+ELEMENTWISE = [name for name, f in ACTIVATIONS.items() if not f.rowwise]
+
+
+def gradients(device, sizes, activation, output, precision, x, y, loss, **options):
+    net = MLP(sizes, activation, output, precision=precision, device=device, seed=1)
+    for b in net.layout.biases(net._theta):
+        b[...] = 0.1
+    net.theta  # noqa: B018  (the 16-bit copy is brought up to date)
+    return net.cost_and_gradients(x, y, loss, **options)
+
+
+def compare(precision, *arguments, **options):
+    cost, expected = gradients("cpu", *arguments[:3], precision, *arguments[3:], **options)
+    found_cost, found = gradients("cuda", *arguments[:3], precision, *arguments[3:], **options)
+    assert np.isfinite(found_cost)
+    assert np.isfinite(found.theta).all()
+    tolerance = TOLERANCE[precision]
+    assert found_cost == pytest.approx(cost, rel=10 * tolerance, abs=tolerance)
+    for got, wanted in ((found.theta, expected.theta), (found.input, expected.input)):
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        assert np.linalg.norm(got - wanted) <= tolerance * (np.linalg.norm(wanted) + tolerance)
+
+
+def target(loss, rows, n, rng):
+    if loss in ("cross_entropy", "nll", "hinge"):
+        return rng.integers(0, n, rows)
+    return rng.uniform(0.1, 0.9, (rows, n))
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_every_activation(name, precision):
+    rng = np.random.default_rng(3)
+    compare(
+        precision,
+        [5, 8, 16, 3],
+        name,
+        "softmax",
+        rng.uniform(-0.5, 0.5, (7, 5)),
+        rng.integers(0, 3, 7),
+        "cross_entropy",
+    )
+
+
+@pytest.mark.parametrize("precision", list(TOLERANCE))
+@pytest.mark.parametrize("output", ["softmax", "log_softmax"])
+def test_row_wise_layers(output, precision):
+    rng = np.random.default_rng(4)
+    compare(precision, [6, 16, 40], output, output, rng.normal(size=(5, 6)), rng.normal(size=(5, 40)), "mse")
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("cross_entropy", "nll")])
+def test_every_pointwise_loss(loss, precision):
+    rng = np.random.default_rng(5)
+    output = {"poisson": "softplus", "binary_cross_entropy": "sigmoid"}.get(loss, "tanh")
+    x, y = rng.normal(size=(9, 4)), target(loss, 9, 4, rng)
+    compare(precision, [4, 8, 4], "relu", output, x, y, Huber(0.3) if loss == "huber" else loss)
+
+
+@pytest.mark.parametrize(
+    ("output", "loss"), [("exp", "poisson"), ("sigmoid", "binary_cross_entropy"), ("log_softmax", "nll")]
+)
+def test_fused_pairs(output, loss):
+    rng = np.random.default_rng(6)
+    compare("float64", [4, 8, 5], "gelu", output, rng.normal(size=(9, 4)), target(loss, 9, 5, rng), loss)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("classes", [2, 33, 1500])
+def test_cross_entropy(classes, labels):
+    """A warp a row, and a block a row beyond 1024 classes; smoothing, class weights and sample weights."""
+    rng = np.random.default_rng(7)
+    y = rng.integers(0, classes, 11)
+    if not labels:
+        y = rng.dirichlet(np.ones(classes), 11)
+    loss = CrossEntropy(label_smoothing=0.1, class_weight=tuple(rng.uniform(0.5, 2, classes)))
+    weight = rng.uniform(0, 2, 11)
+    compare("float64", [3, 4, classes], "tanh", "softmax", rng.normal(size=(11, 3)), y, loss, sample_weight=weight)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 257])
+@pytest.mark.parametrize("width", [1, 31, 64, 257])
+def test_awkward_sizes(rows, width):
+    """No row, one row, columns that fill no pack, and more rows than a small device's grid covers at once."""
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(rows, 3)), rng.normal(size=(rows, 2))
+    compare("float32", [3, width, 2], "silu", "identity", x, y, "mse", regularizer=ElasticNet(0.01, 0.1, on="all"))
+
+
+RULES = [
+    SGD(0.1, weight_decay=0.01),
+    SGD(0.1, momentum=0.9, nesterov=True),
+    Adam(amsgrad=True, weight_decay=0.01),
+    AdamW(),
+    NAdam(),
+    RAdam(decoupled_weight_decay=True),
+    Adamax(),
+    Adagrad(lr_decay=0.1, initial_accumulator_value=0.1),
+    RMSprop(centered=True, momentum=0.5),
+    Adadelta(),
+    Lion(weight_decay=0.1),
+    Muon(),
+    LBFGS(),
+]
+
+
+def trained(device, rule, precision, **options):
+    rng = np.random.default_rng(9)
+    x, y, weight = rng.normal(size=(37, 13)), rng.integers(0, 3, 37), rng.uniform(0.5, 1, 37)
+    dropout = 0.0 if rule.name == "lbfgs" else 0.25
+    net = MLP([13, 31, 3], "gelu", "softmax", dropout=dropout, precision=precision, device=device)
+    trainer = Trainer(net, "cross_entropy", rule, ElasticNet(1e-3, 1e-2, on="all"), **options)
+    history = trainer.fit((x, y, weight), epochs=2, batch_size=16, progress=False, validation=(x, y))
+    return np.asarray(net._ops.to_host(net._theta), np.float64), history
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.name}-{len(rule.moments)}")
+def test_training_with_every_rule(rule):
+    """Shuffled minibatches, dropout, weights, penalty, clipping and micro-batches: the reference's θ at the end."""
+    options = {} if rule.name == "lbfgs" else {"clip_norm": 0.5, "accumulate": 2}
+    expected, theirs = trained("cpu", rule, "float64", **options)
+    found, ours = trained("cuda", rule, "float64", **options)
+    assert np.isfinite(found).all()
+    assert np.linalg.norm(found - expected) <= 1e-11 * np.linalg.norm(expected)
+    np.testing.assert_allclose(ours["cost"], theirs["cost"], rtol=1e-11)
+    np.testing.assert_allclose(ours["validation_accuracy"], theirs["validation_accuracy"])
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rule", [SGD(0.1), AdamW(), Muon()], ids=lambda rule: rule.name)
+def test_training_in_sixteen_bits(rule, precision):
+    """The master copy, its 16-bit shadow and the loss scale; two epochs stay within the type's rounding."""
+    expected, _ = trained("cpu", rule, precision)
+    found, _ = trained("cuda", rule, precision)
+    assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
