@@ -123,7 +123,7 @@ def all_finite(array: np.ndarray) -> bool:
     if array.dtype.kind in "bui" or not array.size:
         return True
     with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(float(array.sum(dtype=np.float64))) or bool(np.isfinite(array).all())
+        return math.isfinite(float(array.sum())) or bool(np.isfinite(array).all())
 
 
 def _where(index: np.ndarray) -> str:

@@ -46,7 +46,10 @@ class GEMM:
         if m == 0 or n == 0:
             return
         if k == 0:
-            out *= beta
+            if beta:
+                out *= beta
+            else:
+                out.fill(0)  # as cuBLAS: with beta 0 what stood there is not read, not even a NaN
             return
         scalars = np.array([alpha, beta], self._scalar)
         first, second = scalars.ctypes.data, scalars.ctypes.data + scalars.itemsize

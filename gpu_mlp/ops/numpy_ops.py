@@ -26,7 +26,8 @@ from . import philox
 from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Slot
 
 Array = NDArray[Any]
-BLOCK = 16384  # elements of one elementwise pass: six such float32 arrays fit a 512 KiB second-level cache
+BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 512 KiB second-level cache
+FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
 
 
@@ -469,8 +470,8 @@ def _keep(dropout: Dropout) -> float:
 
 
 def _blocks(first: int, last: int) -> Iterator[slice]:
-    for start in range(first, last, BLOCK):
-        yield slice(start, min(start + BLOCK, last))
+    for start in range(first, last, FLAT_BLOCK):
+        yield slice(start, min(start + FLAT_BLOCK, last))
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:

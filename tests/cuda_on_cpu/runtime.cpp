@@ -42,12 +42,12 @@ struct Index {
 
 // --- what Python passes in, and what it gets back (`emulator.py` has the same structures) ---
 
-struct Region {        // the part of an allocation that one argument covers
-    uintptr_t low;     // first byte
-    uint64_t size;     // bytes
-    uintptr_t base;    // of the whole allocation
-    uint64_t* cells;   // one for each grain of the allocation
-    int grain_shift;   // log2 of the bytes a cell stands for
+struct Region {       // the part of an allocation that one argument covers
+    uintptr_t low;    // first byte
+    uint64_t size;    // bytes
+    uintptr_t base;   // of the whole allocation
+    uint64_t* cells;  // one for each grain of the allocation
+    int grain_shift;  // log2 of the bytes a cell stands for
 };
 
 struct Range {
@@ -89,7 +89,7 @@ struct Failure {
     uint64_t program_counter;
     int64_t shared_offset;  // of the address in the module's shared arrays, or -1
     int line;               // where the kernel text itself tells it, else 0
-    int n_threads;          // 0, or which of `thread` and `other` count
+    int n_threads;          // 1: block and thread; 2: the thread `other` of that block as well; 3: `other_block`
     Index block, thread, other_block, other;
     char text[512];
 };
@@ -99,6 +99,7 @@ struct Failure {
 constexpr size_t STACK = 128 << 10, PAGE = 4 << 10;
 constexpr unsigned WARP = 32;
 constexpr unsigned MOST_THREADS = 1024;
+constexpr uint32_t MOST_SLICES = 1u << 28;  // of one launch; then it is an endless loop with a barrier in it
 
 struct Fibre {
     char* stack = nullptr;
@@ -243,6 +244,11 @@ constexpr uint32_t READER = (1u << 30) - 1, ONE = 0, ONE_WARP = 1u << 30, ONE_BL
 
 enum Access { LOAD, STORE, ATOMIC_ACCESS };
 
+const PastBlock& block_of(uint32_t slice) {
+    auto begins_later = [](uint32_t s, const PastBlock& p) { return s < p.first_slice; };
+    return *(std::upper_bound(e.past.begin(), e.past.end(), slice, begins_later) - 1);
+}
+
 [[noreturn, gnu::cold]] void fail_race(uint32_t other, const char* theirs, uintptr_t a, size_t n, Access access,
                                        void* pc) {
     Failure& f = *e.failure;
@@ -251,16 +257,12 @@ enum Access { LOAD, STORE, ATOMIC_ACCESS };
     char text[200];
     if (other >= e.block_slice) {
         f.other = unravel(e.slices[other - e.block_slice].thread, e.launch.block);
-        f.other_block = unravel(e.block, e.launch.grid);
         snprintf(text, sizeof text, "%s what another thread of the block %s, with no barrier in between", ours, theirs);
     } else {
-        auto past = std::upper_bound(e.past.begin(), e.past.end(), other,
-                                     [](uint32_t s, const PastBlock& p) { return s < p.first_slice; });
-        f.other_block = unravel((past - 1)->block, e.launch.grid);
+        f.other_block = unravel(block_of(other).block, e.launch.grid);
         f.n_threads = 3;
-        snprintf(text, sizeof text,
-                 "%s what another block %s; nothing orders the blocks (that would take __threadfence() and then an "
-                 "atomic in both)", ours, theirs);
+        const char* why = "nothing orders the blocks (that would take __threadfence() and then an atomic in both)";
+        snprintf(text, sizeof text, "%s what another block %s; %s", ours, theirs, why);
     }
     fail_access(RACE, a, n, access != LOAD, pc, text);
 }
@@ -281,9 +283,7 @@ inline bool ordered(uint32_t other) {
                (then.thread / WARP == now.thread / WARP && then.warp_epoch < now.warp_epoch);
     }
     if (!acquired()) return false;
-    auto past = std::upper_bound(e.past.begin(), e.past.end(), other,
-                                 [](uint32_t s, const PastBlock& p) { return s < p.first_slice; });
-    return other <= (past - 1)->released;
+    return other <= block_of(other).released;
 }
 
 // Looks at one cell and brings it up to date. `fresh`: slices below it are another story (an earlier launch or, for
@@ -395,6 +395,7 @@ inline void visit(uintptr_t a, size_t n, Access access, void* pc) {
 // --- fibres ---
 
 void begin_slice() {
+    if (e.next_slice - e.launch_slice > MOST_SLICES) fail(ENDLESS, "the launch does not seem to end");
     e.slice = e.next_slice++;
     e.slices.push_back({e.current, e.block_epoch, e.threads[e.current].warp_epoch});
     e.accesses = 0;
@@ -471,8 +472,8 @@ void wait_as(State state, int line) {
 void arrive_at_barrier(int line) {
     if (e.n_at_barrier++ == 0) e.barrier_line = line;
     else if (e.barrier_line != line) {
-        fail_at(line, BARRIER, "threads of the block wait at different __syncthreads(), in lines %d and %d",
-                e.barrier_line, line);
+        const char* text = "threads of the block wait at different __syncthreads(), in lines %d and %d";
+        fail_at(line, BARRIER, text, e.barrier_line, line);
     }
     wait_as(AT_BARRIER, line);
 }
@@ -507,17 +508,18 @@ uint64_t warp_operation(unsigned mask, int operation, uint64_t bits, int source,
         if (!(mask >> i & 1) || i == lane()) continue;
         const Thread* other = first + i < e.n_threads ? &e.threads[first + i] : nullptr;
         if (!other) {
-            fail_at(line, SHUFFLE, "the mask 0x%08x names lane %u, which the block of %u threads does not have", mask, i,
-                    e.n_threads);
+            const char* text = "the mask 0x%08x names lane %u, which the block of %u threads does not have";
+            fail_at(line, SHUFFLE, text, mask, i, e.n_threads);
         }
         if (other->state == DONE) fail_at(line, SHUFFLE, "the mask 0x%08x names lane %u, which has ended", mask, i);
-        bool same = other->state == AT_WARP && other->mask == mask && other->operation == operation && other->line == line;
-        if (same) continue;
+        bool waits = other->state == AT_WARP;
+        if (waits && other->mask == mask && other->operation == operation && other->line == line) continue;
         complete = false;
-        if (other->state == AT_WARP && (other->mask >> lane() & 1)) {  // each waits for the other, in different places
-            fail_at(line, SHUFFLE,
-                    "lane %u waits in line %d with mask 0x%08x, and lane %u comes to another warp operation, in line %d "
-                    "with mask 0x%08x", i, other->line, other->mask, lane(), line, mask);
+        if (waits && (other->mask >> lane() & 1)) {  // each waits for the other, in different places
+            const char* text =
+                "lane %u waits in line %d with mask 0x%08x, and lane %u comes to another warp operation, "
+                "in line %d with mask 0x%08x";
+            fail_at(line, SHUFFLE, text, i, other->line, other->mask, lane(), line, mask);
         }
     }
     if (!complete) {
@@ -538,8 +540,8 @@ uint64_t warp_operation(unsigned mask, int operation, uint64_t bits, int source,
             t.bits = ballot;
         } else if (operation != SYNC) {
             if (!(mask >> t.source & 1)) {
-                fail_at(line, SHUFFLE, "lane %u takes the value of lane %d, which is not in the mask 0x%08x", i, t.source,
-                        mask);
+                const char* text = "lane %u takes the value of lane %d, which is not in the mask 0x%08x";
+                fail_at(line, SHUFFLE, text, i, t.source, mask);
             }
             t.bits = brought[t.source];
         }
@@ -563,8 +565,8 @@ uint64_t warp_operation(unsigned mask, int operation, uint64_t bits, int source,
     }
     char barrier[64] = "";
     if (at_barrier) snprintf(barrier, sizeof barrier, "%u at __syncthreads() in line %d, ", at_barrier, e.barrier_line);
-    fail_at(sample->line, BARRIER, "would hang: %s%u at a warp operation in line %d whose lanes do not all come, %u ended",
-            barrier, at_warp, sample->line, done);
+    const char* text = "would hang: %s%u at a warp operation in line %d whose lanes do not all come, %u ended";
+    fail_at(sample->line, BARRIER, text, barrier, at_warp, sample->line, done);
 }
 
 // --- blocks ---
@@ -696,7 +698,7 @@ char Signals::stack_[64 << 10];
 
 extern "C" {
 
-// Runs one launch; 0, or the kind of the fault, with `failure` filled in.
+// Runs one launch; 0, or the kind of the fault, with `failure` filled in. One launch at a time: Python sees to that.
 int emu_launch(const Launch* launch, Failure* failure) {
     *failure = Failure{};
     failure->shared_offset = -1;

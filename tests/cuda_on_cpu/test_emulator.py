@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from . import compiler, fake_cupy
+from . import compiler, emulator, fake_cupy
 from .emulator import (
     ASCENDING,
     DESCENDING,
@@ -870,6 +870,15 @@ def test_misaligned_atomic(cp, run):
     run("atomic_wide", 1, y, 2)
     with pytest.raises(UndefinedBehaviour, match="atomic on an address that is not aligned"):
         run("atomic_wide", 1, y, 1)
+
+
+def test_numbering_starts_again_in_time(monkeypatch, cp, run):
+    """Slices are numbered through all launches; before the numbers run out, all that was noted is forgotten."""
+    monkeypatch.setattr(emulator, "MOST_SLICES", 0)
+    for _ in range(3):
+        test_missing_barrier_before_the_next_round(cp, run)
+        test_readers_of_a_warp_and_a_writer(cp, run)
+        test_fence_of_one_thread_for_all(cp, run)
 
 
 def test_count_without_atomic(cp, run):
