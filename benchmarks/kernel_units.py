@@ -158,7 +158,7 @@ def compile_unit(text: str, architecture: int) -> tuple[str, list[Resources]]:
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"unit.cu", 0, [], [])
     result = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytes(size)
+    log = bytes(size + 2)  # written to in place; a single byte would be one that all of Python shares
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(program)
     told = log.decode(errors="replace").strip("\0 \n")

@@ -32,10 +32,10 @@ def cuda_obstacle() -> str:
     """Why no GPU can be used, with what to do about it; an empty string where one can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed (pip install 'gpu-mlp[cuda12]')"
-    import cupy
+    from .launch import device_count
 
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
+        count = device_count()
     except Exception as error:  # CuPy's own error types differ by what is missing: driver, device, library
         return f"CuPy finds no usable driver ({' '.join(str(error).split())}); install or update the NVIDIA driver"
     return "" if count else "the driver finds no device"

@@ -76,6 +76,13 @@ def kernel(name: str, function: str, storage: str, vec: int, macros: Macros = ()
     return _module(name, storage, vec, macros).get_function(function)
 
 
+def device_count() -> int:
+    """The number of GPUs that the driver finds; CuPy's error where there is no driver."""
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
 @functools.cache
 def processors() -> int:
     """The number of multiprocessors of the current device."""
