@@ -25,6 +25,7 @@ def describe_machine() -> dict[str, str]:
     )
     facts["optional"] = ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
     facts["NVIDIA GPU"] = _gpu()
+    facts["devices"] = "cpu" if cuda_obstacle() else "cpu, cuda"
     facts["CUDA"] = (
         cuda_obstacle() or "usable with device='cuda' (not yet measured on a GPU; device='auto' means the CPU)"
     )

@@ -232,7 +232,6 @@ class Trainer:
         given = {
             "dropout": any(self.net.dropout),
             "clip_norm": self.clip_norm is not None,
-            "accumulate": self.accumulate > 1,
         }
         for argument, value in given.items():
             if value:

@@ -1058,7 +1058,7 @@ def test_info_of_a_regression_names_its_inputs_and_no_classes(in_shop):
     assert facts["network"] == "3 → 8 → 1"
     assert facts["task"] == "regression, loss mse"
     assert facts["inputs"] == "3 columns"
-    assert facts["trained on"] == "values.csv"
+    assert facts["trained on"] == os.path.abspath("values.csv")
     assert "classes" not in facts
 
 
