@@ -284,9 +284,7 @@ class MLP:
 
         Raises FileNotFoundError, or ValueError for a file that is not such a model.
         """
-        ops.make(
-            device, precisions.get("float32" if precision is None else precision)
-        )  # refused before the file is read
+        ops.make(device, precisions.get(precision or "float32"))  # a wrong argument is refused before the file is read
         tensors, header = checkpoint.read(path)
         try:
             options, metadata = header["network"], header["metadata"]

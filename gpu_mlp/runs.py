@@ -356,11 +356,8 @@ def _from_anywhere(source: str) -> str:
     """A data source in words that mean the same in every folder: the path in full, a built-in name as it is."""
     if source in data.BUILT_IN:
         return source
-    return (
-        ",".join(os.path.abspath(part.strip()) for part in source.split(","))
-        if not os.path.exists(source)
-        else (os.path.abspath(source))
-    )
+    parts = [source] if os.path.exists(source) else source.split(",")  # "x.npy,y.npy" names two files
+    return ",".join(os.path.abspath(part.strip()) for part in parts)
 
 
 def _target_of(part: RawData) -> NDArray[Any]:

@@ -67,10 +67,11 @@ total_weight(const double* __restrict__ weight, const Index* __restrict__ labels
 
 // Count the step; see finish_step in ops/interface.py. One thread.
 extern "C" __global__ void finish_step(double rows, int scaled, double growth, double backoff, double interval,
-                                       double* state) {
+                                       double minimum, double* state) {
     bool cost = isfinite(state[COST]), norm = isfinite(state[GRADIENT_NORM]);
+    bool too_large = scaled && state[LOSS_SCALE] >= minimum;  // a smaller scale may still help
     state[EPOCH_COST] += rows * state[COST];
-    if (!cost || !(norm || scaled)) {
+    if (!cost || !(norm || too_large)) {
         if (state[BAD_ROUND] == 0) state[BAD_ROUND] = state[ROUND] + 1;
     } else if (norm) {
         state[STEP] += 1;

@@ -31,6 +31,7 @@ from gpu_mlp import (
 )
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.losses import LOSSES
+from gpu_mlp.ops.interface import Slot
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
@@ -173,3 +174,17 @@ def test_training_in_sixteen_bits(rule, precision):
     expected, _ = trained("cpu", rule, precision)
     found, _ = trained("cuda", rule, precision)
     assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("scale", [65536.0, 2.0**-14, 2.0**-15])
+@pytest.mark.parametrize("norm", [1.0, np.inf])
+def test_the_loss_scale_moves_as_the_reference_moves_it(norm, scale):
+    """Down to its minimum, below which a gradient that does not fit is a bad round."""
+    ends = []
+    for device in ("cpu", "cuda"):
+        net = MLP([1, 1], precision="float16", device=device)
+        state = net._new_state()
+        net._ops.write_state(state, {Slot.LOSS_SCALE: scale, Slot.GRADIENT_NORM: norm, Slot.ROUND: 4, Slot.COST: 0.5})
+        net._ops.finish_step(3, state)
+        ends.append(np.asarray(net._ops.to_host(state)))
+    np.testing.assert_array_equal(ends[1], ends[0])

@@ -286,6 +286,7 @@ class CudaOperations(Operations):
             np.float64(precision_table.LOSS_SCALE_GROWTH),
             np.float64(precision_table.LOSS_SCALE_BACKOFF),
             np.float64(precision_table.LOSS_SCALE_INTERVAL),
+            np.float64(precision_table.LOSS_SCALE_MINIMUM),
             state,
         )
 
