@@ -74,6 +74,8 @@ def units() -> Iterator[Unit]:
             for weighted in "01":
                 shared = (("LABELS", labels), *_target("0", "1", weighted, "0.1"))
                 yield Unit("cross_entropy.cu", storage, 1, shared, (("all", ()),))
+        shared = (("LABELS", "1"), *_target("0", "1", "0", "0.0"), ("PROBABILITY_CLIP", "1e-7"))
+        yield Unit("cross_entropy.cu", storage, 1, shared, (("all", ()),))
         yield Unit("flat.cu", storage, 1, (), (("all", ()),))
         yield Unit("muon.cu", storage, 1, (), _flags("HAS_SHADOW"))
         yield Unit("gather.cu", storage, 1, (), _gather_variants())

@@ -201,12 +201,29 @@ class Poisson(Loss):
             raise ValueError(f"y: {_first_bad(y < 0)} is negative, and loss 'poisson' takes counts or rates ≥ 0")
 
 
+def _check_clip(clip: Any) -> None:
+    checks.real("clip", clip, 0, 0.5, open_maximum=True)
+
+
+def _clip_logarithm(log_y_hat: Array, clip: float) -> None:
+    """log ŷ ← log of ŷ clipped to [clip, 1 − clip], in place; 0 leaves it alone."""
+    if clip:
+        np.clip(log_y_hat, math.log(clip), math.log1p(-clip), out=log_y_hat)
+
+
 @dataclass(frozen=True)
 class BinaryCrossEntropy(Loss):
-    """L = −mean_j (y_j log ŷ_j + (1 − y_j) log(1 − ŷ_j)); ŷ a probability, y in [0, 1]; book section 6.2.2.2."""
+    """L = −mean_j (y_j log ŷ_j + (1 − y_j) log(1 − ŷ_j)); ŷ a probability, y in [0, 1]; book section 6.2.2.2.
+
+    In L, not in its gradient, ŷ counts as within [clip, 1 − clip]: scikit-learn's log loss, with ``clip`` the type's eps.
+    """
 
     name = "binary_cross_entropy"
     domain = "unit"
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
 
     def rows(self, y_hat: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
         n = y_hat.shape[1]
@@ -219,6 +236,8 @@ class BinaryCrossEntropy(Loss):
         np.multiply(g, 1 / n, out=g)
         np.log(t.a, out=t.a)
         np.log(t.b, out=t.b)
+        for logarithm in (t.a, t.b):
+            _clip_logarithm(logarithm, self.clip)
         np.subtract(t.a, t.b, out=t.a)
         np.multiply(t.a, y, out=t.a)
         np.add(t.a, t.b, out=t.a)
@@ -239,6 +258,7 @@ class _Categorical(Loss):
     takes_labels = True
     class_weight: Sequence[float] | None
     label_smoothing = 0.0
+    clip = 0.0
 
     def _check_class_weight(self) -> None:
         if self.class_weight is None:
@@ -313,16 +333,19 @@ class CrossEntropy(_Categorical):
     """L = −Σ_c w_c t_c log ŷ_c over a probability row ŷ; book section 6.2.2.3.
 
     t is the label's row (or the given row) smoothed: t = (1 − ε) y + ε / n. As in torch's CrossEntropyLoss, the
-    class weights multiply every term, and with labels the batch mean divides by Σ_i w_{y_i}.
+    class weights multiply every term, and with labels the batch mean divides by Σ_i w_{y_i}. In L, not in its gradient, ŷ
+    counts as within [clip, 1 − clip]: scikit-learn's log loss, with ``clip`` the type's eps.
     """
 
     name = "cross_entropy"
     domain = "simplex"
     label_smoothing: float = 0.0
     class_weight: Sequence[float] | None = None
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         checks.real("label_smoothing", self.label_smoothing, 0, 1)
+        _check_clip(self.clip)
         self._check_class_weight()
 
     def rows(self, y_hat: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
@@ -331,6 +354,7 @@ class CrossEntropy(_Categorical):
         np.divide(t.a, t.b, out=g)
         np.negative(g, out=g)
         np.log(t.b, out=t.b)
+        _clip_logarithm(t.b, self.clip)
         return -np.einsum("ij,ij->i", t.a, t.b)
 
 
@@ -398,19 +422,43 @@ def _softmax_cross_entropy(loss: _Categorical, z: Array, y: NDArray[Any], g: Arr
     mass = t.a.sum(axis=1)
     np.multiply(g, (mass / total)[:, None], out=g)
     np.subtract(g, t.a, out=g)
+    if loss.clip:
+        np.subtract(t.b, np.log(total)[:, None], out=t.b)
+        _clip_logarithm(t.b, loss.clip)
+        return -np.einsum("ij,ij->i", t.a, t.b)
     return mass * np.log(total) - np.einsum("ij,ij->i", t.a, t.b)
 
 
-def _sigmoid_binary_cross_entropy(loss: Loss, z: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
+def _sigmoid_binary_cross_entropy(loss: BinaryCrossEntropy, z: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:
     """L = mean_j [softplus(z_j) − y_j z_j] and g = (σ(z) − y) / n"""
     n = z.shape[1]
+    value = _clipped_binary_cross_entropy(loss, z, y, g, t) if loss.clip else None
     ACTIVATIONS["softplus"].f(z, t.b, t)
     np.multiply(z, y, out=t.a)
     np.subtract(t.b, t.a, out=t.b)
     ACTIVATIONS["sigmoid"].f(z, g, t)
     np.subtract(g, y, out=g)
     np.multiply(g, 1 / n, out=g)
-    return t.b.sum(axis=1) / n
+    return t.b.sum(axis=1) / n if value is None else value
+
+
+def _clipped_binary_cross_entropy(
+    loss: BinaryCrossEntropy, z: Array, y: NDArray[Any], s: Array, t: Scratch
+) -> NDArray[Any]:
+    """L = −mean_j [y_j log σ(z_j) + (1 − y_j) log σ(−z_j)], both logarithms clipped; ``s`` is scratch."""
+    n = z.shape[1]
+    softplus = ACTIVATIONS["softplus"].f
+    np.negative(z, out=s)
+    softplus(s, t.b, t)
+    np.negative(t.b, out=s)  # log σ(z)
+    _clip_logarithm(s, loss.clip)
+    value = np.einsum("ij,ij->i", s, y)
+    softplus(z, t.b, t)
+    np.negative(t.b, out=t.b)  # log σ(−z)
+    _clip_logarithm(t.b, loss.clip)
+    np.subtract(1, y, out=s, casting="same_kind")
+    value += np.einsum("ij,ij->i", t.b, s)
+    return value / -n
 
 
 def _exp_poisson(loss: Loss, z: Array, y: NDArray[Any], g: Array, t: Scratch) -> Array:

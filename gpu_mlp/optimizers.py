@@ -42,7 +42,7 @@ class Optimizer:
         for argument in ("momentum", "alpha", "rho"):
             if hasattr(self, argument):
                 checks.real(argument, getattr(self, argument), 0, 1)
-        for argument in ("amsgrad", "centered", "decoupled_weight_decay", "nesterov"):
+        for argument in ("amsgrad", "centered", "decoupled_weight_decay", "epsilon_hat", "nesterov"):
             if hasattr(self, argument):
                 checks.boolean(argument, getattr(self, argument))
         for argument, count, maximum in (("betas", 2, 1), ("ns_coefficients", 3, None)):
@@ -165,7 +165,11 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    """Kingma and Ba, 2015: m and v average g and g²; θ ← θ − η m̂ / (√v̂ + ε), bias-corrected (book algorithm 8.7)."""
+    """Kingma and Ba, 2015: m and v average g and g²; θ ← θ − η m̂ / (√v̂ + ε), bias-corrected (book algorithm 8.7).
+
+    With ``epsilon_hat`` ε is added to √v before its bias correction (the ε̂ at the end of their section 2), as TensorFlow
+    and scikit-learn do; PyTorch does not.
+    """
 
     name = "adam"
     lr: float = 1e-3
@@ -173,6 +177,7 @@ class Adam(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 0.0
     amsgrad: bool = False
+    epsilon_hat: bool = False
     decoupled: ClassVar[bool] = False
 
     @property
@@ -182,7 +187,7 @@ class Adam(Optimizer):
     def coefficients(self, lr: float, step: int) -> Coefficients:
         beta1, beta2 = self.betas
         root = math.sqrt(1 - beta2**step)
-        return lr, lr * root / (1 - beta1**step), self.eps * root
+        return lr, lr * root / (1 - beta1**step), self.eps * (1 if self.epsilon_hat else root)
 
     def rule(self, theta: Array, g: Array, moments: Moments, c: Coefficients, s: Pair) -> None:
         # m̂ / (√v̂ + ε) with both bias corrections moved into the step size and ε: two passes fewer.

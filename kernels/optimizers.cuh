@@ -36,7 +36,7 @@ __device__ void coefficients(double lr, double t, double* c) {
     double root = sqrt(1 - pow(BETA2, t));
     c[0] = lr;
     c[1] = lr * root / (1 - pow(BETA1, t));
-    c[2] = EPS * root;
+    c[2] = EPSILON_HAT ? EPS : EPS * root;
 }
 __device__ __forceinline__ void rule(S& theta, S g, S* m, const S* c) {
     decay(theta, g, c[0]);

@@ -162,10 +162,13 @@ def rows_of(y, n):
     return rows
 
 
-def loss_rows(name, y_hat, y, smoothing=0.0, class_weight=None):
-    """L of every row, (rows,), and ∂L/∂ŷ, (rows, n)."""
+def loss_rows(name, y_hat, y, smoothing=0.0, class_weight=None, clip=0.0):
+    """L of every row, (rows,), and ∂L/∂ŷ, (rows, n); ``clip`` bounds the probabilities in L alone."""
     y_hat = np.asarray(y_hat, np.float64)
     n = y_hat.shape[1]
+    if clip:
+        values, _ = loss_rows(name, np.clip(y_hat, clip, 1 - clip), y, smoothing, class_weight)
+        return values, loss_rows(name, y_hat, y, smoothing, class_weight)[1]
     if name == "hinge":
         t = 2 * rows_of(y, n) - 1 if np.ndim(y) == 1 else y
         active = 1 - t * y_hat > 0
@@ -256,6 +259,8 @@ def update_rule(optimizer, theta, g, memory, step):
         m, v = average("m", g, b1), average("v", g**2, b2)
         if o.amsgrad:
             v = memory["max"] = np.maximum(memory.get("max", zero), v)
+        if o.epsilon_hat:
+            return theta - o.lr * np.sqrt(1 - b2**step) / (1 - b1**step) * m / (np.sqrt(v) + o.eps)
         return theta - o.lr * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + o.eps)
     if name == "NAdam":
         mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (t * o.momentum_decay)) for t in (step, step + 1))

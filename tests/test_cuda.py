@@ -19,6 +19,7 @@ from gpu_mlp import (
     Adam,
     Adamax,
     AdamW,
+    BinaryCrossEntropy,
     CrossEntropy,
     ElasticNet,
     Huber,
@@ -119,6 +120,15 @@ def test_cross_entropy(classes, labels):
     compare("float64", [3, 4, classes], "tanh", "softmax", rng.normal(size=(11, 3)), y, loss, sample_weight=weight)
 
 
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_losses_of_clipped_probabilities(precision):
+    rng = np.random.default_rng(11)
+    x, labels = rng.normal(size=(11, 3)), rng.integers(0, 5, 11)
+    compare(precision, [3, 4, 5], "tanh", "softmax", x, labels, CrossEntropy(clip=0.2))
+    y = rng.uniform(0, 1, (11, 5))
+    compare(precision, [3, 4, 5], "tanh", "sigmoid", x, y, BinaryCrossEntropy(clip=0.4))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 31, 257])
 @pytest.mark.parametrize("width", [1, 31, 64, 257])
 def test_awkward_sizes(rows, width):
@@ -132,6 +142,7 @@ RULES = [
     SGD(0.1, weight_decay=0.01),
     SGD(0.1, momentum=0.9, nesterov=True),
     Adam(amsgrad=True, weight_decay=0.01),
+    Adam(eps=0.1, epsilon_hat=True),
     AdamW(),
     NAdam(),
     RAdam(decoupled_weight_decay=True),

@@ -483,6 +483,23 @@ def test_loss_and_gradient_with_class_weight_and_smoothing(bench, kind, weighted
     check_loss(bench, ("cross_entropy", "softmax", from_z, kind), 57, 4, weighted, loss=loss, **options)
 
 
+@pytest.mark.parametrize("kind", ["labels", "rows"])
+@pytest.mark.parametrize("from_z", [True, False])
+def test_cross_entropy_of_clipped_probabilities(bench, kind, from_z):
+    """A clip of 0.2 meets about every third probability of 4 classes; it changes L and leaves the gradient."""
+    loss = losses.CrossEntropy(clip=0.2)
+    check_loss(bench, ("cross_entropy", "softmax", from_z, kind), 57, 4, True, loss=loss, clip=0.2)
+
+
+@pytest.mark.parametrize("from_z", [True, False])
+def test_binary_cross_entropy_of_clipped_probabilities(bench, from_z):
+    loss = losses.BinaryCrossEntropy(clip=0.3)
+    kinds = {kind for name, _, _, kind in PAIRS if name == "binary_cross_entropy"}
+    for kind in kinds:
+        check_loss(bench, ("binary_cross_entropy", "sigmoid", from_z, kind), 57, 4, True, loss=loss, clip=0.3)
+    assert kinds
+
+
 def test_loss_and_gradient_counts_a_class_weight_once(bench):
     """A uniform ŷ over 2 classes costs ln 2 a sample, so any weighted mean of it is ln 2; by hand, ∂J/∂z as well."""
     loss = losses.CrossEntropy(class_weight=[1.0, 3.0])
@@ -757,6 +774,7 @@ RULES = [
     O.SGD(lr=0.1, momentum=0.9, nesterov=True),
     O.Adam(lr=0.1, weight_decay=0.1),
     O.Adam(lr=0.1, amsgrad=True, betas=(0.5, 0.6)),
+    O.Adam(lr=0.1, eps=0.1, epsilon_hat=True),
     O.AdamW(lr=0.1, weight_decay=0.3),
     O.NAdam(lr=0.1, weight_decay=0.1),
     O.NAdam(lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),

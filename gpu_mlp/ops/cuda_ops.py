@@ -488,7 +488,9 @@ class CudaOperations(Operations):
 
     def _target_macros(self, loss: Loss, y: Array) -> Macros:
         categorical = isinstance(loss, _CATEGORICAL)
+        clip = getattr(loss, "clip", 0.0)
         return (
+            *((("PROBABILITY_CLIP", repr(float(clip))),) if clip else ()),
             ("LABELS", str(int(y.ndim == 1))),
             ("SIGNS", str(int(isinstance(loss, Hinge)))),
             ("CATEGORICAL", str(int(categorical))),

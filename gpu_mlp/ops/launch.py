@@ -36,7 +36,7 @@ HEADERS = {
     "backward.cu": ("tile.cuh",),
     "softmax.cu": ("rows.cuh",),
     "loss.cu": ("tile.cuh", "losses.cuh", "target.cuh"),
-    "cross_entropy.cu": ("rows.cuh", "target.cuh"),
+    "cross_entropy.cu": ("rows.cuh", "losses.cuh", "target.cuh"),
     "flat.cu": (),
     "update.cu": ("optimizers.cuh",),
     "muon.cu": (),
@@ -163,6 +163,7 @@ def rule_macros(optimizer: Optimizer) -> Macros:
             "rho",
             "centered",
             "amsgrad",
+            "epsilon_hat",
         )
         if hasattr(optimizer, name)
     }
