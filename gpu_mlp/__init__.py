@@ -1,5 +1,7 @@
 """gpu_mlp: multilayer perceptrons trained with hand-fused CUDA kernels, and the same program on a CPU through NumPy."""
 
+from typing import TYPE_CHECKING, Any
+
 from .history import EarlyStopping, History
 from .losses import (
     MAE,
@@ -40,6 +42,9 @@ from .schedules import (
     Warmup,
 )
 from .training import Diverged, Trainer
+
+if TYPE_CHECKING:
+    from .estimators import MLPClassifier, MLPRegressor
 
 __all__ = [
     "L1",
@@ -82,3 +87,17 @@ __all__ = [
     "Trainer",
     "Warmup",
 ]
+
+_LAZY = ("MLPClassifier", "MLPRegressor")  # scikit-learn is imported when one is asked for; not in __all__, for `import *`
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from . import estimators
+
+        return getattr(estimators, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

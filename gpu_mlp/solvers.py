@@ -1,0 +1,455 @@
+"""scikit-learn's way of fitting an MLP, on this library's passes and update rules.
+
+Leans on `training` for the state of a descent and on `ops` for the arithmetic; imports no scikit-learn. What differs from
+`Trainer.fit` is written down here and nowhere else: what J is (`Objective`), how the learning rate moves (`Rate`), and
+that the rows may be sparse (`Rows`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks, data
+from .losses import BinaryCrossEntropy, CrossEntropy, HalfMSE, Loss, Poisson
+from .network import MLP
+from .ops.interface import Array, Slot
+from .optimizers import LBFGS, SGD, Optimizer
+from .regularizers import L2
+from .schedules import PlateauState, Schedule, plateau_of
+from .training import Trainer
+
+
+@dataclass(frozen=True)
+class Objective:
+    """scikit-learn's J of a batch of weight s = Σ wᵢ: Σ wᵢLᵢ / s + ½ (alpha / s) ‖W‖², over the weights alone.
+
+    Its gradient is that of losses *summed* over the outputs, whatever the value says, which `loss` averages over them:
+
+    gradient_factor: ∂J/∂θ is this many times the gradient of the mean of ``loss`` (n_L, or 1 where they agree).
+    value_divisor: that many times ``loss`` is this many times the value (n_L for the squared error, which is a mean).
+    """
+
+    loss: Loss
+    alpha: float
+    gradient_factor: int
+    value_divisor: int
+
+    def penalty(self, total: float) -> L2 | None:
+        """The λΩ whose gradient belongs to a batch of weight ``total``."""
+        return L2(self.alpha / total) if self.alpha and total > 0 else None
+
+    def penalty_value(self, total: float) -> L2 | None:
+        """The λΩ that the state's COST, which is ``value_divisor`` times J, takes."""
+        return L2(self.alpha * self.value_divisor / total) if self.alpha and total > 0 else None
+
+    def constant(self, y: NDArray[Any], weight: NDArray[Any] | None) -> float:
+        """What J has beside `loss`: Σ_j of the mean of y log y − y for Poisson's deviance, else 0."""
+        if self.loss.name != "poisson" or not len(y):
+            return 0.0
+        y = np.asarray(y, np.float64)
+        terms = y * np.log(np.where(y > 0, y, 1)) - y
+        return float(np.average(terms, weights=weight, axis=0).sum())
+
+
+def objective(task_loss: str, output: str, n_outputs: int, alpha: float, dtype: Any) -> Objective:
+    """The objective of scikit-learn's loss ``task_loss`` on an ``output`` activation of ``n_outputs``, in ``dtype``."""
+    clip = float(np.finfo(dtype).eps)
+    if task_loss == "squared_error":
+        return Objective(HalfMSE(), alpha, n_outputs, n_outputs)
+    if task_loss == "poisson":
+        return Objective(Poisson(), alpha, n_outputs, 1)
+    if output == "softmax":
+        return Objective(CrossEntropy(clip=clip), alpha, 1, 1)
+    return Objective(BinaryCrossEntropy(clip=clip), alpha, n_outputs, 1)
+
+
+class Rows:
+    """The training rows as the network takes them: x dense on its device, or sparse here and unpacked batch by batch.
+
+    x: (n, n_0) array or SciPy CSR matrix; y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any sign. Slices of
+    it are dense device arrays, so that it can stand in for x in a pass over the whole set.
+    """
+
+    def __init__(self, net: MLP, x: Any, y: NDArray[Any], weight: NDArray[Any] | None) -> None:
+        self._net, ops = net, net._ops
+        self._sparse = not isinstance(x, np.ndarray)
+        storage, master = net._precision.storage_dtype, net._precision.master_dtype
+        if not self._sparse:
+            checks.fits("X", x, storage)
+            x = ops.to_device(x) if ops.waits else np.ascontiguousarray(x)
+        self._x = x
+        self.host_y = y
+        self.y = ops.to_device(y, np.int64 if y.ndim == 1 else master)
+        self.host_weight = weight
+        self.weight = None if weight is None else ops.to_device(weight, np.float64)
+        self._buffers: tuple[Array, Array, Array | None] | None = None
+
+    def __len__(self) -> int:
+        return int(self._x.shape[0])
+
+    def __getitem__(self, rows: slice) -> Array:
+        block = self._x[rows]
+        return self._net._ops.to_device(block.toarray()) if self._sparse else block
+
+    def total(self, rows: Any = slice(None)) -> float:
+        """Σ wᵢ of some rows; ZeroDivisionError, as NumPy's weighted average has it, where they weigh nothing."""
+        if self.host_weight is None:
+            return float(len(range(*rows.indices(len(self))) if isinstance(rows, slice) else rows))
+        total = float(self.host_weight[rows].sum())
+        if total == 0:
+            raise ZeroDivisionError("sample_weight: the weights of a batch sum to zero, so its mean loss is undefined")
+        return total
+
+    def constant(self, objective: Objective, rows: Any = slice(None)) -> float:
+        """The objective's constant over some rows."""
+        return objective.constant(self.host_y[rows], None if self.host_weight is None else self.host_weight[rows])
+
+    def batch(self, rows: Any, size: int) -> tuple[Array, Array, Array | None]:
+        """x, y and weight of a slice or of (k,) int64 indices, k ≤ ``size``, in buffers that the next call reuses."""
+        ops = self._net._ops
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        x, y, weight = (b if b is None else b[:n] for b in self._batch_buffers(size))
+        here = rows if isinstance(rows, slice) else ops.to_device(rows)
+        if self._sparse:
+            ops.copy(ops.to_device(self._x[rows].toarray()), x)
+        for source, out in ((None if self._sparse else self._x, x), (self.y, y), (self.weight, weight)):
+            if source is None or out is None:
+                continue
+            if isinstance(rows, slice):
+                ops.copy(source[rows], out)
+            else:
+                ops.gather(source, here, out)
+        return x, y, weight
+
+    def _batch_buffers(self, size: int) -> tuple[Array, Array, Array | None]:
+        if self._buffers is None or len(self._buffers[0]) < size:
+            ops, storage = self._net._ops, self._net._precision.storage_dtype
+            x, y = ops.empty((size, self._x.shape[1]), storage), ops.empty((size, *self.y.shape[1:]), self.y.dtype)
+            self._buffers = x, y, None if self.weight is None else ops.empty(size, np.float64)
+        return self._buffers
+
+
+class Rate:
+    """The learning rate of scikit-learn's stochastic solvers, which moves between epochs only.
+
+    kind: "constant", "invscaling" (η = lr / (t + 1)^power_t after t samples) or "adaptive" (a fifth each time the loss
+    stays, until 1e-6).
+    """
+
+    def __init__(self, lr: float, kind: str, power_t: float) -> None:
+        self.lr, self.kind, self.power_t = lr, kind, power_t
+        self.now = float(lr)
+
+    def end_epoch(self, samples: int) -> None:
+        """Move after an epoch; ``samples`` counts those seen in all."""
+        if self.kind == "invscaling":
+            self.now = self.lr / (samples + 1) ** self.power_t
+
+    def stop_or_cut(self) -> bool:
+        """What follows from a loss that has stayed: True to stop, or False after a cut."""
+        if self.kind != "adaptive" or self.now <= 1e-6:
+            return True
+        self.now /= 5
+        return False
+
+
+class Descent(Trainer):
+    """Minibatch updates of ``net`` on an `Objective`; moments, step number and learning rate outlive a fit.
+
+    The rate comes from ``rate``, or from ``schedule`` where there is one.
+    """
+
+    def __init__(
+        self,
+        net: MLP,
+        objective: Objective,
+        optimizer: Optimizer,
+        rate: Rate,
+        schedule: Schedule | None,
+        clip_norm: float | None,
+    ) -> None:
+        super().__init__(net, objective.loss, optimizer, L2(objective.alpha), schedule, clip_norm)
+        self.objective = objective
+        self.rate = rate
+        self.scheduled = schedule is not None
+        self._set = rate.now  # the rate that the momentum was last expressed in
+
+    def run_epoch(
+        self, rows: Rows, order: NDArray[np.int64] | None, batch_size: int, after_batch: Callable[[int], bool]
+    ) -> float:
+        """One pass over the rows in ``order``: the mean over them of J of their batch, each before its update.
+
+        ``after_batch(rows)`` is called after every update, and ends the epoch by returning True.
+        """
+        ops, value, seen = self.net._ops, 0.0, 0
+        self._follow_rate()
+        self.epoch += 1
+        ops.write_state(self._state, {Slot.EPOCH_COST: 0.0})
+        work = self._workspace(batch_size)
+        for batch in data.minibatches(len(rows), batch_size, order):
+            n = len(range(*batch.indices(len(rows)))) if isinstance(batch, slice) else len(batch)
+            x, y, weight = rows.batch(batch, batch_size)
+            self._update_on(x, y, weight, rows.total(batch), work.first(min(n, work.rows)))
+            value += n * rows.constant(self.objective, batch)
+            seen += n
+            if after_batch(n):
+                break
+        return (ops.read_state(self._state, Slot.EPOCH_COST) / self.objective.value_divisor + value) / seen
+
+    def bad_step(self) -> int:
+        """The first update whose cost was not finite, counted from 1, or 0; the weights are those from before it."""
+        return int(self.net._ops.read_state(self._state, Slot.BAD_ROUND))
+
+    def _update_on(self, x: Array, y: Array, weight: Array | None, total: float, work: Any) -> None:
+        """One update on one batch of weight ``total``, all of it on the device."""
+        net, ops, state = self.net, self.net._ops, self._state
+        lr = self.rate.now
+        if self.scheduled:
+            lr = self.plateau_rate(self.schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
+        ops.write_state(
+            state,
+            {
+                Slot.LEARNING_RATE: lr,
+                Slot.ROUND: self.rounds,
+                Slot.COST: 0.0,
+                Slot.GRADIENT_NORM: 0.0,
+                Slot.TOTAL_WEIGHT: total / self.objective.gradient_factor,
+            },
+        )
+        penalty = self.objective.penalty_value(total)
+        if penalty is not None:
+            ops.penalty(net._theta, self._penalised, penalty, state)
+        self.regularizer = self.objective.penalty(total)
+        net._differentiate(x, y, weight, self.loss, work, self._gb, self._sink, state, self._dropout)
+        self._update()
+        ops.finish_step(len(x), state)
+        self.rounds += 1
+
+    def _follow_rate(self) -> None:
+        """Express the momentum in the rate that now holds.
+
+        scikit-learn's velocity has the rate of each step in it: v ← μ v − η g. The m of `SGD` has not, so that v = −η m;
+        where η moves, m is scaled so that v stays.
+        """
+        if self._set != self.rate.now and isinstance(self.optimizer, SGD):
+            for moment in self.moments.values():
+                moment *= self._set / self.rate.now
+        self._set = self.rate.now
+
+    # --- pickling: what the moments, the step number and the rate were ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        ops = self.net._ops
+        arguments = (
+            self.net, self.objective, self.optimizer, self.rate, self.schedule if self.scheduled else None,
+            self.clip_norm,
+        )  # fmt: skip
+        kept = {name: getattr(self, name) for name in ("epoch", "rounds", "plateau", "_set")}
+        moments = {name: np.array(ops.to_host(moment)) for name, moment in self.moments.items()}
+        return {"arguments": arguments, "kept": kept, "moments": moments, "state": np.array(ops.to_host(self._state))}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__init__(*saved["arguments"])  # type: ignore[misc]
+        for name, value in saved["kept"].items():
+            setattr(self, name, value)
+        ops = self.net._ops
+        for name, moment in saved["moments"].items():
+            ops.copy(ops.to_device(moment), self.moments[name])
+        ops.copy(ops.to_device(saved["state"]), self._state)
+
+
+def minimise(
+    net: MLP,
+    objective: Objective,
+    rows: Rows,
+    rule: LBFGS,
+    max_iter: int,
+    after_iteration: Callable[[float], bool],
+) -> Any:
+    """SciPy's L-BFGS-B on J of the whole set; the network holds the result's θ, and J is ``result.fun``.
+
+    ``after_iteration(J)`` ends the run by returning True.
+    """
+    from scipy.optimize import minimize
+
+    full = _FullBatch(net, objective, rows, rule)
+
+    def callback(intermediate_result: Any) -> None:
+        if after_iteration(float(intermediate_result.fun)):
+            raise StopIteration
+
+    start = np.asarray(net._ops.to_host(net._theta), np.float64)
+    options = {
+        "maxcor": rule.history_size,
+        "gtol": rule.tolerance_grad,
+        "ftol": rule.tolerance_change,
+        "maxiter": max_iter,
+        "maxfun": rule.max_eval,
+    }
+    result = minimize(full, start, jac=True, method="L-BFGS-B", callback=callback, options=options)
+    full.put(result.x)
+    return result
+
+
+class _FullBatch:
+    """J(θ) and its gradient over the whole set, for an optimizer that works on host vectors of float64."""
+
+    def __init__(self, net: MLP, objective: Objective, rows: Rows, rule: LBFGS) -> None:
+        self._net, self._objective, self._rows = net, objective, rows
+        self._trainer = Trainer(net, objective.loss, rule, L2(objective.alpha))
+        self._total = rows.total()
+        self._constant = rows.constant(objective)
+        self._work = self._trainer._workspace(net._chunk_rows(len(rows)))
+
+    def put(self, theta: NDArray[np.float64]) -> None:
+        """Make ``theta`` the network's, rounded to its type."""
+        net = self._net
+        with np.errstate(over="ignore"):
+            net._ops.copy(net._ops.to_device(theta, net._theta.dtype), net._theta)
+
+    def __call__(self, theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        self.put(theta)
+        net, ops, trainer, objective = self._net, self._net._ops, self._trainer, self._objective
+        state = trainer._state
+        ops.write_state(state, {Slot.COST: 0.0, Slot.TOTAL_WEIGHT: self._total / objective.gradient_factor})
+        net._differentiate(
+            self._rows, self._rows.y, self._rows.weight, objective.loss, self._work, trainer._gb, trainer._sink, state
+        )
+        value, gradient = objective.penalty_value(self._total), objective.penalty(self._total)
+        if value is not None and gradient is not None:
+            ops.penalty(net._theta, trainer._penalised, value, state)
+            ops.add_penalty_gradient(net._theta, trainer._penalised, gradient, trainer._g)
+        cost = ops.read_state(state, Slot.COST) / objective.value_divisor + self._constant
+        return cost, np.array(ops.to_host(trainer._g), np.float64)
+
+
+class Fitted:
+    """A network and the arrays that an estimator shows of it: `coefs` are W transposed, (n_in, n_out), as scikit-learn has
+    them, and `intercepts` b.
+
+    On the CPU they are views, so writing into one changes the network; from a GPU they are copies that refuse to be
+    written to.
+    """
+
+    def __init__(self, net: MLP) -> None:
+        self.net = net
+        self.descent: Descent | None = None
+        self.best: NDArray[Any] | None = None  # θ with the best validation score, where it is not the present θ
+        self.show()
+
+    def show(self) -> None:
+        """Make `coefs` and `intercepts` anew from the network."""
+        net, ops = self.net, self.net._ops
+        self.coefs = [ops.to_host(W).T for W in net.weights]
+        self.intercepts = [ops.to_host(b) for b in net.biases]
+        if ops.waits:
+            for array in (*self.coefs, *self.intercepts):
+                array.flags.writeable = False
+
+    def take(self, coefs: list[Any], intercepts: list[Any]) -> None:
+        """Load what somebody has put in the place of the arrays shown; a network of another shape is made anew."""
+        shown = (*self.coefs, *self.intercepts)
+        given = (*coefs, *intercepts)
+        if len(shown) == len(given) and all(a is b for a, b in zip(shown, given)):
+            return
+        sizes = (len(coefs[0]), *(len(b) for b in intercepts))
+        if sizes != self.net.sizes:
+            names = (self.net.activation or ("relu",)) * (len(sizes) - 2)
+            self.net = network(sizes, names[: len(sizes) - 2], self.net.output, 0.0, self.net.precision, self.net.device)
+            self.descent = None
+            self.show()
+        load(self.net, coefs, intercepts)
+
+    def theta(self) -> NDArray[Any]:
+        """A copy of θ on the host."""
+        return np.array(self.net._ops.to_host(self.net._theta))
+
+    def put(self, theta: NDArray[Any]) -> None:
+        """Make ``theta`` the network's."""
+        net = self.net
+        net._ops.copy(net._ops.to_device(theta), net._theta)
+        refresh(net)
+
+    def forward(self, x: Any) -> NDArray[Any]:
+        """ŷ, (n, n_L), for a dense or CSR x, unpacked chunk by chunk."""
+        net = self.net
+        if isinstance(x, np.ndarray):
+            return net.forward(x)
+        y_hat = np.empty((x.shape[0], net.sizes[-1]), net._precision.master_dtype)
+        step = net._chunk_rows(x.shape[0])
+        for rows in data.minibatches(x.shape[0], step):
+            y_hat[rows] = net.forward(x[rows].toarray())
+        return y_hat
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"net": self.net, "descent": self.descent, "best": self.best}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.net, self.descent, self.best = saved["net"], saved["descent"], saved["best"]
+        self.show()
+
+
+def network(
+    sizes: Any, activation: Any, output: str, dropout: Any, precision: str, device: str, seed: int = 0
+) -> MLP:
+    """A network whose weights are still zeros."""
+    return MLP(
+        list(sizes), activation, output, dropout, lambda rng, shape: np.zeros(shape), precision, device, seed
+    )  # fmt: skip
+
+
+def load(net: MLP, coefs: list[Any], intercepts: list[Any]) -> None:
+    """W ← coefᵀ, b ← intercept, layer by layer."""
+    ops, dtype = net._ops, net._theta.dtype
+    arrays = zip(net.layout.weights(net._theta), net.layout.biases(net._theta), coefs, intercepts, strict=True)
+    for W, b, coef, intercept in arrays:
+        ops.copy(ops.to_device(np.asarray(coef).T, dtype), W)
+        ops.copy(ops.to_device(np.asarray(intercept), dtype), b)
+    refresh(net)
+
+
+def refresh(net: MLP) -> None:
+    """Bring the 16-bit copy of θ, where there is one, up to date."""
+    if net._shadow is not None:
+        net._ops.copy(net._theta, net._shadow)
+
+
+def draw_weights(
+    random: np.random.RandomState, sizes: tuple[int, ...], squashing: bool
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Every layer's (coef, intercept) as scikit-learn draws them: uniform within √(6 / (n_in + n_out)), biases too.
+
+    With ``squashing``, the logistic sigmoid, it is √(2 / (n_in + n_out)) (Glorot and Bengio, 2010).
+    """
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        bound = math.sqrt((2 if squashing else 6) / (n_in + n_out))
+        yield random.uniform(-bound, bound, (n_in, n_out)), random.uniform(-bound, bound, n_out)
+
+
+def reorder(order: NDArray[np.int64], random: np.random.RandomState) -> NDArray[np.int64]:
+    """The last epoch's order shuffled once more, with scikit-learn's draws."""
+    shuffled = np.arange(len(order))
+    random.shuffle(shuffled)
+    return order[shuffled]
+
+
+def observe_plateau(descent: Descent, watched: float) -> None:
+    """Tell a plateau schedule the loss of one more epoch."""
+    plateau = plateau_of(descent.schedule)
+    if plateau is not None:
+        descent.plateau = descent.plateau or PlateauState()
+        descent.plateau.observe(plateau, watched)
+
+
+def at_most(batch_size: int, n: int) -> int:
+    """``batch_size``, with a warning where it is more than the ``n`` rows there are and becomes that."""
+    if batch_size > n:
+        warnings.warn(f"batch_size: {batch_size} is more than the {n} samples; it is clipped to them", stacklevel=5)
+    return min(batch_size, n)
