@@ -26,7 +26,7 @@ LEAVES = {
 }  # fmt: skip
 ROWS = [
     LEAVES,
-    {"readers", "preprocessing", "ops.interface", "ops.launch"},
+    {"readers", "preprocessing", "ops.interface", "ops.launch", "ops.shared_gemm"},
     {"data", "ops.gemm"},
     {"ops.numpy_ops", "ops.cuda_ops"},
     {"ops"},

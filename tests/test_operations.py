@@ -11,7 +11,11 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
+import signal
 import threading
+import time
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -35,8 +39,9 @@ from helpers import (
 
 from gpu_mlp import losses, optimizers, precision, regularizers
 from gpu_mlp.activations import ACTIVATIONS
+from gpu_mlp.ops import shared_gemm
 from gpu_mlp.ops.interface import ALIGNMENT, Dropout, Layout, Operations, Slot
-from gpu_mlp.ops.numpy_ops import BLOCK, SMALL_GEMM, NumpyOperations
+from gpu_mlp.ops.numpy_ops import BLOCK, LARGE_GEMM, SMALL_GEMM, NumpyOperations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -966,8 +971,16 @@ def test_numpy_keeps_small_products_to_one_blas_thread():
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         if blas_threads() != {2}:
             pytest.skip("this BLAS has no two threads, or none that can be told to")
-        with ops.tuned_for(SMALL_GEMM):
+        with ops.tuned_for(LARGE_GEMM):
             assert blas_threads() == {2}
+            assert ops._threads == 1
+        with ops.tuned_for(SMALL_GEMM):
+            assert blas_threads() == {1}
+            assert ops._threads == 2
+            with ops.tuned_for(SMALL_GEMM):
+                assert ops._threads == 2
+            assert ops._threads == 2
+        assert ops._threads == 1
         with ops.tuned_for(SMALL_GEMM - 1):
             assert blas_threads() == {1}
             with ops.tuned_for(1):
@@ -977,6 +990,47 @@ def test_numpy_keeps_small_products_to_one_blas_thread():
         with pytest.raises(KeyError), ops.tuned_for(1):
             raise KeyError
         assert blas_threads() == {2}
+
+
+@pytest.mark.parametrize("shape", [(256, 784, 256), (1000, 200, 130), (17, 1000, 1000), (16, 1000, 1000), (1, 5000, 5000)])
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_shared_gemm(shape, threads):
+    """Every row once, transposed factors too; rows that do not fill the last part, and parts that nothing is left for."""
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    for a, b in ((rng.normal(size=(m, k)), rng.normal(size=(n, k)).T), (rng.normal(size=(k, m)).T, rng.normal(size=(k, n)))):
+        out = np.full((m, n), math.nan)
+        assert shared_gemm.matmul(a, b, out, threads) is out
+        assert_close(out, a @ b, 1e-13)
+        again = np.full((m, n), math.nan)
+        assert same_bits(shared_gemm.matmul(a, b, again, threads), out)
+
+
+def test_shared_gemm_is_quiet_in_every_thread():
+    a, b = np.full((512, 512), 1e200), np.full((512, 512), 1e200)
+    with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
+        warnings.simplefilter("error")
+        assert np.isinf(shared_gemm.matmul(a, b, np.empty_like(a), 4)).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_shared_gemm_after_a_fork():
+    a = np.random.default_rng(0).normal(size=(512, 512))
+    expected = shared_gemm.matmul(a, a, np.empty_like(a), 2)
+    child = os.fork()
+    if not child:
+        os._exit(0 if same_bits(shared_gemm.matmul(a, a, np.empty_like(a), 2), expected) else 1)
+    for _ in range(100):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for threads it does not have")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.parametrize("last", ["this thread", "the other"])

@@ -22,13 +22,14 @@ from ..losses import FUSED, Loss
 from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
-from . import philox
+from . import philox, shared_gemm
 from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Slot
 
 Array = NDArray[Any]
 BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 512 KiB second-level cache
 FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
+LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `shared_gemm` does
 
 
 class NumpyOperations(Operations):
@@ -42,6 +43,7 @@ class NumpyOperations(Operations):
         self._storage = precision.storage_dtype
         self._compute = precision.master_dtype
         self._scratch = _ScratchPool(self._compute)
+        self._threads = 1  # that a GEMM is shared out among
 
     # --- arrays ---
 
@@ -77,7 +79,9 @@ class NumpyOperations(Operations):
         return float(state[slot])
 
     def tuned_for(self, flop: int) -> AbstractContextManager[None]:
-        return _quiet(_one_blas_thread() if flop < SMALL_GEMM else nullcontext())
+        if flop < SMALL_GEMM:
+            return _quiet(_one_blas_thread())
+        return _quiet(self._shared_out() if flop < LARGE_GEMM else nullcontext())
 
     def gather(self, source: Array, rows: Array, out: Array) -> None:
         if source.dtype == out.dtype and source.flags.c_contiguous:  # take would first copy all of another order
@@ -288,6 +292,20 @@ class NumpyOperations(Operations):
 
     # --- inside ---
 
+    @contextmanager
+    def _shared_out(self) -> Iterator[None]:
+        """Share every GEMM out among as many threads as BLAS would have had, each with one of BLAS's own."""
+        threads = max((int(library["num_threads"]) for library in _blas().info()), default=1)
+        with _one_blas_thread():
+            if threads == 1:  # BLAS is held to one by somebody else, such as a context around this one
+                yield
+                return
+            self._threads = threads
+            try:
+                yield
+            finally:
+                self._threads = 1
+
     def _move_loss_scale(self, finite: bool, state: Array) -> None:
         state[Slot.GOOD_STEPS] = state[Slot.GOOD_STEPS] + 1 if finite else 0
         if not finite:
@@ -300,7 +318,7 @@ class NumpyOperations(Operations):
     def _matmul(self, a: Array, b: Array, out: Array) -> Array:
         """a b in ``out``, or in a new float32 array where ``out`` or a factor is of a 16-bit type."""
         if a.dtype == b.dtype == out.dtype == self._compute:
-            return np.matmul(a, b, out=out)
+            return shared_gemm.matmul(a, b, out, self._threads)
         product = np.matmul(a.astype(self._compute), b.astype(self._compute))
         if out.dtype == self._compute:
             out[...] = product
@@ -452,7 +470,7 @@ def _one_blas_thread() -> Iterator[None]:
 def _blas() -> Any:
     from threadpoolctl import ThreadpoolController
 
-    return ThreadpoolController()
+    return ThreadpoolController().select(user_api="blas")
 
 
 _ONES: dict[np.dtype, Array] = {}
