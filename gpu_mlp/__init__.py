@@ -44,7 +44,8 @@ from .schedules import (
 from .training import Diverged, Trainer
 
 if TYPE_CHECKING:
-    from .estimators import MLPClassifier, MLPRegressor
+    from .estimators import MLPClassifier as MLPClassifier
+    from .estimators import MLPRegressor as MLPRegressor
 
 __all__ = [
     "L1",
@@ -88,7 +89,8 @@ __all__ = [
     "Warmup",
 ]
 
-_LAZY = ("MLPClassifier", "MLPRegressor")  # scikit-learn is imported when one is asked for; not in __all__, for `import *`
+# Imported when asked for, since they bring scikit-learn along; not in __all__, so that `import *` does without it.
+_LAZY = ("MLPClassifier", "MLPRegressor")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """`MLPClassifier` and `MLPRegressor`: scikit-learn's estimators of the same names, computed by this library.
 
-Leans on scikit-learn for what an estimator is (validation of parameters and data, label encoding, splits, scores) and on
-`solvers` for the fit. With the same ``random_state`` the initial weights, the shuffles and the validation split are
+Leans on scikit-learn for what an estimator is (validation of parameters and data, label encoding, splits, scores) and
+on `solvers` for the fit. With the same ``random_state`` the initial weights, the shuffles and the validation split are
 scikit-learn's own, and in float64 on the CPU so are the loss curve and the coefficients, up to rounding.
 """
 
@@ -216,9 +216,9 @@ class _BaseMLP(BaseEstimator):
         if not self._full_batch:
             self.loss_curve_: list[float] = []
             self._no_improvement_count = 0
-            self.best_loss_ = None if self.early_stopping else np.inf
-            self.validation_scores_: list[float] | None = [] if self.early_stopping else None
-            self.best_validation_score_ = -np.inf if self.early_stopping else None
+            self.best_loss_: Any = None if self.early_stopping else np.inf
+            self.validation_scores_: Any = [] if self.early_stopping else None
+            self.best_validation_score_: Any = -np.inf if self.early_stopping else None
 
     def _objective(self) -> solvers.Objective:
         net = self._fitted.net
@@ -309,8 +309,8 @@ class _BaseMLP(BaseEstimator):
         bad = descent.bad_step()
         if bad:
             raise ValueError(
-                f"Solver produced non-finite parameter weights (update {bad}, which is not applied). The input data may "
-                "contain large values and need to be preprocessed."
+                f"Solver produced non-finite parameter weights (update {bad}, which is not applied). The input data "
+                "may contain large values and need to be preprocessed."
             )
         self.n_iter_ += 1
         self.loss_ = loss
@@ -553,8 +553,8 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):
     """A multilayer perceptron that minimises the log loss: scikit-learn's MLPClassifier on this library.
 
     The parameters up to ``max_fun`` have scikit-learn's names, order, defaults and meaning
-    (https://scikit-learn.org/stable/modules/generated/sklearn.neural_network.MLPClassifier.html). ``activation`` may also
-    be any elementwise one of this library, and ``solver`` any optimizer of it: a name, whose learning rate is
+    (https://scikit-learn.org/stable/modules/generated/sklearn.neural_network.MLPClassifier.html). ``activation`` may
+    also be any elementwise one of this library, and ``solver`` any optimizer of it: a name, whose learning rate is
     ``learning_rate_init`` and whose other hyperparameters are its defaults, or an instance, which has its own.
 
     device: "auto", "cpu" or "cuda". precision: "auto" computes in X's type (float32 or float64), or one of
@@ -562,13 +562,13 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):
     layer. class_weight: None, "balanced" or {class: weight} (a list of them for multilabel y); multiplies the sample
     weights. schedule: a name or a `schedules.Schedule` for the learning rate of every update; "on_plateau" watches the
     training loss, or the validation score with ``early_stopping``. clip_norm: gradients are scaled down to this global
-    norm. callbacks: each is called as ``callback(estimator, row)`` after an epoch, with row = {"epoch": …, "loss": …, …},
-    and ends the fit by returning True. progress: show a progress bar.
+    norm. callbacks: each is called as ``callback(estimator, row)`` after an epoch, with row = {"epoch": …, "loss": …,
+    …}, and ends the fit by returning True. progress: show a progress bar.
 
-    After `fit`: ``classes_`` (n_classes,); ``coefs_``, a list of (n_in, n_out), and ``intercepts_``, a list of (n_out,);
-    ``loss_``, ``loss_curve_``, ``best_loss_``, ``validation_scores_``, ``best_validation_score_``, ``n_iter_``, ``t_``,
-    ``n_layers_``, ``n_outputs_``, ``out_activation_``, ``n_features_in_`` and ``feature_names_in_``, as in scikit-learn. On
-    the CPU the coefficients are views of the network's weights.
+    After `fit`: ``classes_``, (n_classes,); ``coefs_``, a list of (n_in, n_out), and ``intercepts_``, a list of
+    (n_out,); ``loss_``, ``loss_curve_``, ``best_loss_``, ``validation_scores_``, ``best_validation_score_``,
+    ``n_iter_``, ``t_``, ``n_layers_``, ``n_outputs_``, ``out_activation_``, ``n_features_in_`` and
+    ``feature_names_in_``, as in scikit-learn. On the CPU the coefficients are views of the network's weights.
 
     A parameter of a wrong type or value is scikit-learn's InvalidParameterError, a ValueError, when `fit` is called.
     """
@@ -623,7 +623,8 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> Any:
         """One pass over the data from where the last one stopped; not for solver "lbfgs".
 
-        X, y, sample_weight: as in `fit`. classes: (n_classes,), all there will ever be, at the first call. Returns self.
+        X, y, sample_weight: as in `fit`. classes: (n_classes,), all there will ever be, needed at the first call.
+        Returns self.
         """
         if _check_partial_fit_first_call(self, classes):
             self._label_binarizer = LabelBinarizer()
@@ -695,8 +696,8 @@ class MLPRegressor(RegressorMixin, _BaseMLP):
 
     The parameters up to ``max_fun`` have scikit-learn's names, order, defaults and meaning
     (https://scikit-learn.org/stable/modules/generated/sklearn.neural_network.MLPRegressor.html): ``loss`` is
-    "squared_error", half the mean squared error, or "poisson", half the Poisson deviance of a rate exp(z), for y ≥ 0. What
-    comes after them, what ``activation`` and ``solver`` accept beyond, and what `fit` leaves behind are as in
+    "squared_error", half the mean squared error, or "poisson", half the Poisson deviance of a rate exp(z), for y ≥ 0.
+    What comes after them, what ``activation`` and ``solver`` accept beyond, and what `fit` leaves behind are as in
     `MLPClassifier`, without ``class_weight`` and ``classes_``.
     """
 

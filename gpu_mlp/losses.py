@@ -215,7 +215,8 @@ def _clip_logarithm(log_y_hat: Array, clip: float) -> None:
 class BinaryCrossEntropy(Loss):
     """L = −mean_j (y_j log ŷ_j + (1 − y_j) log(1 − ŷ_j)); ŷ a probability, y in [0, 1]; book section 6.2.2.2.
 
-    In L, not in its gradient, ŷ counts as within [clip, 1 − clip]: scikit-learn's log loss, with ``clip`` the type's eps.
+    In L, not in its gradient, ŷ counts as within [clip, 1 − clip]: scikit-learn's log loss, with ``clip`` the eps of
+    the type.
     """
 
     name = "binary_cross_entropy"
@@ -333,8 +334,8 @@ class CrossEntropy(_Categorical):
     """L = −Σ_c w_c t_c log ŷ_c over a probability row ŷ; book section 6.2.2.3.
 
     t is the label's row (or the given row) smoothed: t = (1 − ε) y + ε / n. As in torch's CrossEntropyLoss, the
-    class weights multiply every term, and with labels the batch mean divides by Σ_i w_{y_i}. In L, not in its gradient, ŷ
-    counts as within [clip, 1 − clip]: scikit-learn's log loss, with ``clip`` the type's eps.
+    class weights multiply every term, and with labels the batch mean divides by Σ_i w_{y_i}. In L, not in its
+    gradient, ŷ counts as within [clip, 1 − clip]: scikit-learn's log loss, with ``clip`` the eps of the type.
     """
 
     name = "cross_entropy"

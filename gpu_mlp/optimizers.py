@@ -167,8 +167,8 @@ class SGD(Optimizer):
 class Adam(Optimizer):
     """Kingma and Ba, 2015: m and v average g and g²; θ ← θ − η m̂ / (√v̂ + ε), bias-corrected (book algorithm 8.7).
 
-    With ``epsilon_hat`` ε is added to √v before its bias correction (the ε̂ at the end of their section 2), as TensorFlow
-    and scikit-learn do; PyTorch does not.
+    With ``epsilon_hat`` ε is added to √v before its bias correction (the ε̂ at the end of their section 2), as
+    TensorFlow and scikit-learn do; PyTorch does not.
     """
 
     name = "adam"

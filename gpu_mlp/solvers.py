@@ -1,12 +1,13 @@
 """scikit-learn's way of fitting an MLP, on this library's passes and update rules.
 
-Leans on `training` for the state of a descent and on `ops` for the arithmetic; imports no scikit-learn. What differs from
-`Trainer.fit` is written down here and nowhere else: what J is (`Objective`), how the learning rate moves (`Rate`), and
-that the rows may be sparse (`Rows`).
+Leans on `training` for the state of a descent and on `ops` for the arithmetic; imports no scikit-learn. What differs
+from `Trainer.fit` is written down here and nowhere else: what J is (`Objective`), how the learning rate moves (`Rate`),
+and that the rows may be sparse (`Rows`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,11 +44,11 @@ class Objective:
 
     def penalty(self, total: float) -> L2 | None:
         """The λΩ whose gradient belongs to a batch of weight ``total``."""
-        return L2(self.alpha / total) if self.alpha and total > 0 else None
+        return _l2(self.alpha / total) if self.alpha and total > 0 else None
 
     def penalty_value(self, total: float) -> L2 | None:
         """The λΩ that the state's COST, which is ``value_divisor`` times J, takes."""
-        return L2(self.alpha * self.value_divisor / total) if self.alpha and total > 0 else None
+        return _l2(self.alpha * self.value_divisor / total) if self.alpha and total > 0 else None
 
     def constant(self, y: NDArray[Any], weight: NDArray[Any] | None) -> float:
         """What J has beside `loss`: Σ_j of the mean of y log y − y for Poisson's deviance, else 0."""
@@ -56,6 +57,9 @@ class Objective:
         y = np.asarray(y, np.float64)
         terms = y * np.log(np.where(y > 0, y, 1)) - y
         return float(np.average(terms, weights=weight, axis=0).sum())
+
+
+_l2 = functools.lru_cache(maxsize=8)(L2)  # most batches are of one size
 
 
 def objective(task_loss: str, output: str, n_outputs: int, alpha: float, dtype: Any) -> Objective:
@@ -73,8 +77,8 @@ def objective(task_loss: str, output: str, n_outputs: int, alpha: float, dtype: 
 class Rows:
     """The training rows as the network takes them: x dense on its device, or sparse here and unpacked batch by batch.
 
-    x: (n, n_0) array or SciPy CSR matrix; y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any sign. Slices of
-    it are dense device arrays, so that it can stand in for x in a pass over the whole set.
+    x: (n, n_0) array or SciPy CSR matrix; y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any sign. Slices
+    of it are dense device arrays, so that it can stand in for x in a pass over the whole set.
     """
 
     def __init__(self, net: MLP, x: Any, y: NDArray[Any], weight: NDArray[Any] | None) -> None:
@@ -235,8 +239,8 @@ class Descent(Trainer):
     def _follow_rate(self) -> None:
         """Express the momentum in the rate that now holds.
 
-        scikit-learn's velocity has the rate of each step in it: v ← μ v − η g. The m of `SGD` has not, so that v = −η m;
-        where η moves, m is scaled so that v stays.
+        scikit-learn's velocity has the rate of each step in it: v ← μ v − η g. The m of `SGD` has not, so that v is
+        −η m; where η moves, m is scaled so that v stays.
         """
         if self._set != self.rate.now and isinstance(self.optimizer, SGD):
             for moment in self.moments.values():
@@ -331,8 +335,8 @@ class _FullBatch:
 
 
 class Fitted:
-    """A network and the arrays that an estimator shows of it: `coefs` are W transposed, (n_in, n_out), as scikit-learn has
-    them, and `intercepts` b.
+    """A network and the arrays that an estimator shows of it: `coefs` are W transposed, (n_in, n_out), as scikit-learn
+    has them, and `intercepts` b.
 
     On the CPU they are views, so writing into one changes the network; from a GPU they are copies that refuse to be
     written to.
@@ -361,8 +365,9 @@ class Fitted:
             return
         sizes = (len(coefs[0]), *(len(b) for b in intercepts))
         if sizes != self.net.sizes:
-            names = (self.net.activation or ("relu",)) * (len(sizes) - 2)
-            self.net = network(sizes, names[: len(sizes) - 2], self.net.output, 0.0, self.net.precision, self.net.device)
+            old, hidden = self.net, len(sizes) - 2
+            names = (old.activation or ("relu",))[:1] * hidden
+            self.net = network(sizes, names, old.output, 0.0, old.precision, old.device)
             self.descent = None
             self.show()
         load(self.net, coefs, intercepts)
@@ -396,9 +401,7 @@ class Fitted:
         self.show()
 
 
-def network(
-    sizes: Any, activation: Any, output: str, dropout: Any, precision: str, device: str, seed: int = 0
-) -> MLP:
+def network(sizes: Any, activation: Any, output: str, dropout: Any, precision: str, device: str, seed: int = 0) -> MLP:
     """A network whose weights are still zeros."""
     return MLP(
         list(sizes), activation, output, dropout, lambda rng, shape: np.zeros(shape), precision, device, seed

@@ -26,7 +26,7 @@ LEAVES = {
 }  # fmt: skip
 ROWS = [
     LEAVES,
-    {"readers", "preprocessing", "ops.interface", "ops.launch", "ops.shared_gemm"},
+    {"readers", "preprocessing", "ops.interface", "ops.launch", "ops.sharing"},
     {"data", "ops.gemm"},
     {"ops.numpy_ops", "ops.cuda_ops"},
     {"ops"},

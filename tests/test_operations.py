@@ -39,7 +39,7 @@ from helpers import (
 
 from gpu_mlp import losses, optimizers, precision, regularizers
 from gpu_mlp.activations import ACTIVATIONS
-from gpu_mlp.ops import shared_gemm
+from gpu_mlp.ops import sharing
 from gpu_mlp.ops.interface import ALIGNMENT, Dropout, Layout, Operations, Slot
 from gpu_mlp.ops.numpy_ops import BLOCK, LARGE_GEMM, SMALL_GEMM, NumpyOperations
 
@@ -992,35 +992,40 @@ def test_numpy_keeps_small_products_to_one_blas_thread():
         assert blas_threads() == {2}
 
 
-@pytest.mark.parametrize("shape", [(256, 784, 256), (1000, 200, 130), (17, 1000, 1000), (16, 1000, 1000), (1, 5000, 5000)])
+@pytest.mark.parametrize(
+    "shape", [(256, 784, 256), (1000, 200, 130), (17, 1000, 1000), (16, 1000, 1000), (1, 5000, 5000)]
+)
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_shared_gemm(shape, threads):
-    """Every row once, transposed factors too; rows that do not fill the last part, and parts that nothing is left for."""
+def test_shared_matmul(shape, threads):
+    """Every row once, transposed factors too; with a last part that is short, and with fewer rows than parts."""
     m, k, n = shape
     rng = np.random.default_rng(0)
-    for a, b in ((rng.normal(size=(m, k)), rng.normal(size=(n, k)).T), (rng.normal(size=(k, m)).T, rng.normal(size=(k, n)))):
+    for a, b in (
+        (rng.normal(size=(m, k)), rng.normal(size=(n, k)).T),
+        (rng.normal(size=(k, m)).T, rng.normal(size=(k, n))),
+    ):
         out = np.full((m, n), math.nan)
-        assert shared_gemm.matmul(a, b, out, threads) is out
+        assert sharing.matmul(a, b, out, threads) is out
         assert_close(out, a @ b, 1e-13)
         again = np.full((m, n), math.nan)
-        assert same_bits(shared_gemm.matmul(a, b, again, threads), out)
+        assert same_bits(sharing.matmul(a, b, again, threads), out)
 
 
-def test_shared_gemm_is_quiet_in_every_thread():
+def test_shared_matmul_is_quiet_in_every_thread():
     a, b = np.full((512, 512), 1e200), np.full((512, 512), 1e200)
     with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
         warnings.simplefilter("error")
-        assert np.isinf(shared_gemm.matmul(a, b, np.empty_like(a), 4)).all()
+        assert np.isinf(sharing.matmul(a, b, np.empty_like(a), 4)).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_shared_gemm_after_a_fork():
+def test_shared_matmul_after_a_fork():
     a = np.random.default_rng(0).normal(size=(512, 512))
-    expected = shared_gemm.matmul(a, a, np.empty_like(a), 2)
+    expected = sharing.matmul(a, a, np.empty_like(a), 2)
     child = os.fork()
     if not child:
-        os._exit(0 if same_bits(shared_gemm.matmul(a, a, np.empty_like(a), 2), expected) else 1)
+        os._exit(0 if same_bits(sharing.matmul(a, a, np.empty_like(a), 2), expected) else 1)
     for _ in range(100):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

@@ -1,7 +1,7 @@
 """The fit of MLPClassifier and MLPRegressor against scikit-learn's own, step by step, in float64 on the CPU.
 
-Both get the same parameters, data and ``random_state``; after each scenario every weight, every loss and every count has
-to agree: numbers to 1e-6 relative, counts exactly.
+Both get the same parameters, data and ``random_state``; after each scenario every weight, every loss and every count
+has to agree: numbers to 1e-6 relative, counts exactly.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_early_stopping(task, solver, weighted):
         estimator.fit(x, y, sample_weight=weight)
 
     parameters = {**SOLVERS[solver], "early_stopping": True, "validation_fraction": 0.3, "n_iter_no_change": 3}
-    mine, reference = same_fit(task, {**parameters, "max_iter": 60}, run)
+    mine, _ = same_fit(task, {**parameters, "max_iter": 60}, run)
     assert mine.best_loss_ is None
     assert mine.best_validation_score_ == max(mine.validation_scores_)
 
@@ -226,7 +226,9 @@ def test_adam(task, parameters):
     same_fit(task, {"solver": "adam", **parameters})
 
 
-@pytest.mark.parametrize("parameters", [{"max_fun": 7}, {"tol": 0.05}, {"alpha": 3.0, "hidden_layer_sizes": ()}], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [{"max_fun": 7}, {"tol": 0.05}, {"alpha": 3.0, "hidden_layer_sizes": ()}], ids=str
+)
 @pytest.mark.parametrize("task", ["classes", "counts"])
 def test_lbfgs(task, parameters):
     same_fit(task, {"solver": "lbfgs", "max_iter": 30, **parameters})

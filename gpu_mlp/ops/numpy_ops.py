@@ -22,14 +22,14 @@ from ..losses import FUSED, Loss
 from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
-from . import philox, shared_gemm
+from . import philox, sharing
 from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Slot
 
 Array = NDArray[Any]
 BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 512 KiB second-level cache
 FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
-LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `shared_gemm` does
+LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `sharing` does
 
 
 class NumpyOperations(Operations):
@@ -272,10 +272,14 @@ class NumpyOperations(Operations):
         if isinstance(optimizer, Muon):
             self._update_matrices(theta, g, moments, optimizer, layout, regularizer, clip, c[0], state)
             first = layout.n_weights
-        for block, covered in _update_blocks(first, theta.size, n):
+
+        def update_block(cut: tuple[slice, bool]) -> None:
+            block, covered = cut
             s = self._scratch(block.stop - block.start)
             gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state, clip)
             optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
+
+        sharing.for_each(list(_update_blocks(first, theta.size, n)), update_block, self._threads)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
 
@@ -295,11 +299,11 @@ class NumpyOperations(Operations):
     @contextmanager
     def _shared_out(self) -> Iterator[None]:
         """Share every GEMM out among as many threads as BLAS would have had, each with one of BLAS's own."""
-        threads = max((int(library["num_threads"]) for library in _blas().info()), default=1)
+        threads = max((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
+        if threads == 1:  # BLAS is held to one already, by a context around this one or by the user
+            yield
+            return
         with _one_blas_thread():
-            if threads == 1:  # BLAS is held to one by somebody else, such as a context around this one
-                yield
-                return
             self._threads = threads
             try:
                 yield
@@ -318,7 +322,7 @@ class NumpyOperations(Operations):
     def _matmul(self, a: Array, b: Array, out: Array) -> Array:
         """a b in ``out``, or in a new float32 array where ``out`` or a factor is of a 16-bit type."""
         if a.dtype == b.dtype == out.dtype == self._compute:
-            return shared_gemm.matmul(a, b, out, self._threads)
+            return sharing.matmul(a, b, out, self._threads)
         product = np.matmul(a.astype(self._compute), b.astype(self._compute))
         if out.dtype == self._compute:
             out[...] = product
@@ -351,8 +355,13 @@ class NumpyOperations(Operations):
     ) -> Array:
         """clip · (g / LOSS_SCALE + λ∇Ω) of one block, in scratch."""
         out = self._scratch.wide(0, block.stop - block.start)
-        np.multiply(g[block], 1 / float(state[Slot.LOSS_SCALE]), out=out)
-        _add_penalty_gradient(theta[block], regularizer, out, self._scratch(out.shape).a)
+        scale = float(state[Slot.LOSS_SCALE])
+        if scale == 1 and regularizer is not None and not regularizer.l1:  # the usual case, in a pass less
+            np.multiply(theta[block], regularizer.l2, out=out)
+            np.add(g[block], out, out=out)
+        else:
+            np.multiply(g[block], 1 / scale, out=out)
+            _add_penalty_gradient(theta[block], regularizer, out, self._scratch(out.shape).a)
         if clip != 1.0:
             np.multiply(out, clip, out=out)
         return out
