@@ -81,7 +81,9 @@ class NumpyOperations(Operations):
     def tuned_for(self, flop: int) -> AbstractContextManager[None]:
         if flop < SMALL_GEMM:
             return _quiet(_one_blas_thread())
-        return _quiet(self._shared_out() if flop < LARGE_GEMM else nullcontext())
+        threads = max((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
+        # one where BLAS is held to it already, by a context around this one or by the user
+        return _quiet(self._shared_out(threads) if threads > 1 and flop < LARGE_GEMM else nullcontext())
 
     def gather(self, source: Array, rows: Array, out: Array) -> None:
         if source.dtype == out.dtype and source.flags.c_contiguous:  # take would first copy all of another order
@@ -279,7 +281,7 @@ class NumpyOperations(Operations):
             gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state, clip)
             optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
 
-        sharing.for_each(list(_update_blocks(first, theta.size, n)), update_block, self._threads)
+        sharing.for_each(_update_blocks(first, theta.size, n), update_block, self._threads)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
 
@@ -297,12 +299,8 @@ class NumpyOperations(Operations):
     # --- inside ---
 
     @contextmanager
-    def _shared_out(self) -> Iterator[None]:
-        """Share every GEMM out among as many threads as BLAS would have had, each with one of BLAS's own."""
-        threads = max((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
-        if threads == 1:  # BLAS is held to one already, by a context around this one or by the user
-            yield
-            return
+    def _shared_out(self, threads: int) -> Iterator[None]:
+        """Share every GEMM and update out among ``threads`` threads, each with one of BLAS's own."""
         with _one_blas_thread():
             self._threads = threads
             try:

@@ -8,7 +8,7 @@ take 96 ms. Ours sleep, and the parts are a function of the shapes and the numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,25 +32,26 @@ def matmul(a: NDArray[Any], b: NDArray[Any], out: NDArray[Any], threads: int) ->
     return out
 
 
-def for_each(blocks: Sequence[Any], work: Callable[[Any], object], threads: int) -> None:
+def for_each(blocks: Iterable[Any], work: Callable[[Any], object], threads: int) -> None:
     """Call ``work(block)`` for every block, on up to ``threads`` threads; returns when all are done.
 
     What the calls write must not overlap; of floating-point errors they say nothing.
     """
-    parts = min(threads, len(blocks))
-    if parts < 2:
+    if threads < 2:
         for block in blocks:
             work(block)
         return
-    others = [_workers().submit(_in_turn, blocks[i::parts], work) for i in range(1, parts)]
+    cut = list(blocks)
+    parts = max(1, min(threads, len(cut)))
+    others = [_workers().submit(_in_turn, cut[i::parts], work) for i in range(1, parts)]
     try:
-        _in_turn(blocks[::parts], work)
+        _in_turn(cut[::parts], work)
     finally:  # also when interrupted: whoever comes next may write to the same arrays
         for other in others:
             other.result()
 
 
-def _in_turn(blocks: Sequence[Any], work: Callable[[Any], object]) -> None:
+def _in_turn(blocks: Iterable[Any], work: Callable[[Any], object]) -> None:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the caller's settings are its thread's own
         for block in blocks:
             work(block)
