@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import activations, ops, schedules, solvers
+from .network import MLP
 from .optimizers import LBFGS, OPTIMIZERS, SGD, Adam, Optimizer
 from .precision import PRECISIONS
 from .progress import Progress
@@ -407,10 +408,10 @@ class _BaseMLP(BaseEstimator):
     # --- what a fit leaves behind ---
 
     def _show(self) -> None:
-        """Bring `coefs_` and `intercepts_` up to date."""
+        """Bring `coefs_` and `intercepts_` up to date, in lists of their own: what a user puts into them is noticed."""
         if self._fitted.net._ops.waits:
             self._fitted.show()
-        self.coefs_, self.intercepts_ = self._fitted.coefs, self._fitted.intercepts
+        self.coefs_, self.intercepts_ = list(self._fitted.coefs), list(self._fitted.intercepts)
 
     def _refuse_bad_weights(self) -> None:
         if not all(np.isfinite(array).all() for array in (*self.coefs_, *self.intercepts_)):
@@ -433,6 +434,13 @@ class _BaseMLP(BaseEstimator):
         self._fitted.take(self.coefs_, self.intercepts_)
         return self._fitted.forward(_rowwise(X))
 
+    @property
+    def network(self) -> MLP:
+        """The fitted `MLP`: to save, to export, or to train on with a `Trainer`."""
+        check_is_fitted(self)
+        self._fitted.take(self.coefs_, self.intercepts_)
+        return self._fitted.net
+
     def _partial_fit_is_possible(self) -> bool:
         if self._full_batch:
             raise AttributeError(f"partial_fit: solver={self.solver!r} takes the whole data set at once")
@@ -453,7 +461,7 @@ class _BaseMLP(BaseEstimator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_fitted" in state:
-            self.coefs_, self.intercepts_ = self._fitted.coefs, self._fitted.intercepts
+            self._show()
 
     # --- scikit-learn's own estimators ---
 

@@ -38,8 +38,11 @@ def smallest_array(sizes, batch, dtype=np.float32):
 
 
 def hardly_more(sizes, batch, dtype=np.float32):
-    """Bytes of the smallest of all these and batch × outputs: what fits is a few numbers a sample, and no matrix."""
-    return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize)
+    """Bytes of the smallest of all these and batch × outputs: what fits is a few numbers a sample, and no matrix.
+
+    And 1 KiB for Python's own objects; a matrix would come on top of what a step needs anyway.
+    """
+    return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize) + 1024
 
 
 def peak_of(run):
