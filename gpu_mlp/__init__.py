@@ -39,7 +39,7 @@ from .schedules import (
     StepDecay,
     Warmup,
 )
-from .training import Diverged, Trainer
+from .training import DeviceLost, Diverged, Trainer
 
 __all__ = [
     "L1",
@@ -59,6 +59,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "CrossEntropy",
+    "DeviceLost",
     "Diverged",
     "EarlyStopping",
     "ElasticNet",

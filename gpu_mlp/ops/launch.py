@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..optimizers import Optimizer
+from .interface import DeviceError
 
 THREADS = 256  # of every block; as in kernels/types.cuh
 BLOCKS_PER_PROCESSOR = 8  # 2048 threads fill a multiprocessor of every architecture from sm_70 on, or nearly
@@ -22,6 +23,8 @@ MAX_GRID_Y = 65535
 WARP = 32
 WIDE_ROW = 1024  # columns from which a row gets a whole block instead of a warp
 PACK_BYTES = 16  # of one load or store
+
+CUDA_PACKAGES = ("cupy", "cupy_backends", "nvmath", "cuda")  # whose errors are the device's
 
 STORAGE = {
     "float64": "STORAGE_FLOAT64",
@@ -139,6 +142,15 @@ ONE_BLOCK = ((1, 1), (THREADS, 1))
 ONE_THREAD = ((1, 1), (1, 1))
 
 
+def device_error(error: Exception, what: str, arguments: Sequence[Any]) -> Exception:
+    """An error of CUDA's, of whichever of its libraries, as a DeviceError that says what failed; any other as it is."""
+    if type(error).__module__.split(".")[0] not in CUDA_PACKAGES or isinstance(error, MemoryError):
+        return error
+    arrays = ", ".join(f"{a.dtype} {tuple(a.shape)}" for a in arguments if getattr(a, "ndim", 0))
+    late = "or an operation before it, since a GPU works behind the host's back: CUDA_LAUNCH_BLOCKING=1 tells"
+    return DeviceError(f"{what}({arrays}) failed ({late}): {' '.join(str(error).split())}")
+
+
 def launch(function: Any, geometry: tuple[tuple[int, int], tuple[int, int]], arguments: Sequence[Any]) -> None:
     """Launch a kernel; a grid without blocks launches nothing. An argument that is None becomes a null pointer."""
     grid, block = geometry
@@ -174,3 +186,9 @@ def rule_macros(optimizer: Optimizer) -> Macros:
     values["HAS_MOMENTUM"] = bool(getattr(optimizer, "momentum", 0))
     rule = "RULE_ADAM" if optimizer.name in ("adam", "adamw") else f"RULE_{optimizer.name.upper()}"
     return ((rule, "1"), *((name, repr(float(v) if isinstance(v, float) else int(v))) for name, v in values.items()))
+
+
+def gather_macros(source: str, out: str) -> Macros:
+    """The element types of a gather, by their names in the kernels, as the macros of kernels/gather.cu."""
+    facts = {"SAME": source == out, "NARROW": out == "T", "WIDEN": source == "T" and out != "T"}
+    return (("FROM", source), ("TO", out), *((name, str(int(value))) for name, value in facts.items()))
