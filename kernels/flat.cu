@@ -13,12 +13,6 @@ penalty(const S* __restrict__ theta, Index n, double l1, double l2, double* part
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// g += l1 sign(theta) + l2 theta.
-extern "C" __global__ void __launch_bounds__(THREADS)
-penalty_gradient(const S* __restrict__ theta, Index n, S l1, S l2, S* g) {
-    for (Index i = flat_first(); i < n; i += flat_stride()) g[i] += l1 * sign(theta[i]) + l2 * theta[i];
-}
-
 // partial[block] = the block's part of sum((g_i / LOSS_SCALE + penalty gradient of the first `covered`)^2).
 extern "C" __global__ void __launch_bounds__(THREADS)
 square_norm(const S* __restrict__ theta, const S* __restrict__ g, Index n, Index covered, S l1, S l2, double* partial,

@@ -30,8 +30,8 @@ ROWS = [
     {"data", "ops.launch", "ops.staging"},
     {"ops.gemm"},
     {"ops.graphs"},
-    {"ops.numpy_ops", "ops.cuda_ops"},
-    {"ops"},
+    {"ops.numpy_ops", "ops.cuda_ops", "ops.device"},
+    {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},
     {"network"},
     {"training", "gradcheck"},
@@ -43,7 +43,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "ops.philox": set(),
     "checks": set(),
 }
-CUPY = {"ops.cuda_ops", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
+CUPY = {"ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
 CLI = {"cli", "__main__"}
 
 

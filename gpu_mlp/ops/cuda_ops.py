@@ -293,9 +293,8 @@ class CudaOperations(Operations):
         self._finish(partial, geometry[0][0], _ADD_TO_COST, state)
 
     def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
-        self._launch(
-            "flat.cu", "penalty_gradient", 1, (), launch.flat(n), theta, np.int64(n), *self._lambdas(regularizer), g
-        )
+        add = launch.elementwise("X theta, X l1, X l2", "X g", "g += l1 * sign(theta) + l2 * theta", self._master.name)
+        add(theta[:n], *self._lambdas(regularizer), g[:n])
 
     def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
         geometry = launch.flat(theta.size)

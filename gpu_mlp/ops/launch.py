@@ -8,6 +8,7 @@ CuPy's kernel cache goes by the source text alone.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
 from collections.abc import Sequence
 from typing import Any
@@ -79,11 +80,17 @@ def kernel(name: str, function: str, storage: str, vec: int, macros: Macros = ()
     return _module(name, storage, vec, macros).get_function(function)
 
 
-def device_count() -> int:
-    """The number of GPUs that the driver finds; CuPy's error where there is no driver."""
+@functools.cache
+def elementwise(inputs: str, outputs: str, operation: str, compute: str) -> Any:
+    """An operation on every element, for arrays of any shape and strides, with activations.cuh at hand.
+
+    inputs, outputs: as for `cupy.ElementwiseKernel`, with X the one type of all arrays; compute: the dtype name of S.
+    """
     import cupy
 
-    return int(cupy.cuda.runtime.getDeviceCount())
+    preamble = "\n".join([f"#define {STORAGE[compute]}", "#define VEC 1", text("types.cuh"), text("activations.cuh")])
+    name = f"elementwise_{hashlib.sha256(f'{operation} {compute}'.encode()).hexdigest()[:16]}"
+    return cupy.ElementwiseKernel(inputs, outputs, operation, name, preamble=preamble, options=("--std=c++17",))
 
 
 @functools.cache

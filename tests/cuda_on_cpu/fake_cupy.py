@@ -387,55 +387,64 @@ class RawModule:
 
 
 class ElementwiseKernel:
-    """An operation on every element of arrays that are broadcast together; types by name, no template letters."""
+    """An operation on every element of arrays that are broadcast together; X is the one type of all of them."""
 
     def __init__(
         self, in_params: str, out_params: str, operation: str, name: str = "kernel", preamble: str = "", **_: Any
     ) -> None:
         self._inputs, self._outputs = _parameters(in_params), _parameters(out_params)
-        pointers = [f"const {_C_TYPE[t]}* _{p}" for t, p in self._inputs] + [
-            f"{_C_TYPE[t]}* _{p}" for t, p in self._outputs
-        ]
-        elements = [f"const {_C_TYPE[t]} {p} = _{p}[i];" for t, p in self._inputs] + [
-            f"{_C_TYPE[t]}& {p} = _{p}[i];" for t, p in self._outputs
-        ]
-        body = " ".join([*elements, operation])
-        code = f"""{preamble}
-extern "C" __global__ void {name}({", ".join(pointers)}, long long n) {{
-    long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
-    for (long long i = first; i < n; i += stride) {{
-        {body};
-    }}
-}}"""
-        self._kernel = RawKernel(code, name)
+        self._operation, self._name, self._preamble = operation, name, preamble
+        self._kernels: dict[str, RawKernel] = {}
 
     def __call__(self, *args: Any, size: int | None = None) -> Any:
         if len(args) not in (len(self._inputs), len(self._inputs) + len(self._outputs)):
             raise TypeError(f"Wrong number of arguments: {len(args)}")
-        inputs = [a if isinstance(a, ndarray) else asarray(a, t) for (t, _), a in zip(self._inputs, args)]
-        for (t, p), a in zip(self._inputs, inputs):
-            if a.dtype.name != t:
-                raise TypeError(f"Type is mismatched. {p} {a.dtype} {t}")
+        dtypes = {a.dtype for a in args if isinstance(a, ndarray)}
+        if len(dtypes) != 1:
+            raise TypeError(f"Type is mismatched. X {dtypes}")
+        (dtype,) = dtypes
+        inputs = [a if isinstance(a, ndarray) else asarray(a, dtype) for a in args[: len(self._inputs)]]
         outputs = list(args[len(self._inputs) :])
         shape = np.broadcast_shapes(*(a.shape for a in (*inputs, *outputs)))
-        outputs = outputs or [empty(shape, t) for t, _ in self._outputs]
+        outputs = outputs or [empty(shape, dtype) for _ in self._outputs]
         plain = [_on_device(np.ascontiguousarray(np.broadcast_to(_host(a), shape))) for a in inputs]
-        targets = [a if a.flags.c_contiguous else empty(shape, a.dtype) for a in outputs]
+        targets = [a if a.flags.c_contiguous else a.copy() for a in outputs]
         count = math.prod(shape)
         if count:
-            self._kernel((min(2, -(-count // 128)),), (128,), (*plain, *targets, np.int64(count)))
+            self._kernel(dtype.name)((min(2, -(-count // 128)),), (128,), (*plain, *targets, np.int64(count)))
         for target, a in zip(targets, outputs):
             if target is not a:
                 a[...] = target
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def _kernel(self, dtype: str) -> RawKernel:
+        if dtype not in self._kernels:
+            pointers = [f"const X* _{p}" for p in self._inputs] + [f"X* _{p}" for p in self._outputs]
+            elements = [f"const X {p} = _{p}[i];" for p in self._inputs] + [f"X& {p} = _{p}[i];" for p in self._outputs]
+            code = f"""{_INCLUDES.get(dtype, "")}
+typedef {_C_TYPE[dtype]} X;
+{self._preamble}
+extern "C" __global__ void {self._name}({", ".join(pointers)}, long long n) {{
+    long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
+    for (long long i = first; i < n; i += stride) {{
+        {" ".join([*elements, self._operation])};
+    }}
+}}"""
+            self._kernels[dtype] = RawKernel(code, self._name)
+        return self._kernels[dtype]
+
 
 _C_TYPE = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
-def _parameters(declared: str) -> list[tuple[str, str]]:
-    pairs = [tuple(part.split()) for part in declared.split(",") if part.strip()]
-    return [(t, p) for t, p in pairs]
+_INCLUDES = {"float16": "#include <cuda_fp16.h>", "bfloat16": "#include <cuda_bf16.h>"}
+
+
+def _parameters(declared: str) -> list[str]:
+    pairs = [part.split() for part in declared.split(",") if part.strip()]
+    if any(letter != "X" for letter, _ in pairs):
+        raise TypeError(f"only the type X is emulated: {declared}")
+    return [name for _, name in pairs]
 
 
 # --- cupy.cuda ---
@@ -695,7 +704,7 @@ MODULES = {
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-USERS = tuple(f"gpu_mlp.ops.{name}" for name in ("cuda_ops", "gemm", "graphs", "launch", "staging"))
+USERS = tuple(f"gpu_mlp.ops.{name}" for name in ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "staging"))
 
 
 @contextlib.contextmanager
