@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_on_cpu.fixtures import emulated_gpu  # noqa: F401
+from cuda_on_cpu.fixtures import emulated_gpu, kept_stand_in  # noqa: F401
 
 from gpu_mlp import (
     LBFGS,
@@ -33,7 +33,7 @@ from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.losses import LOSSES
 from gpu_mlp.ops.interface import Slot
 
-pytestmark = pytest.mark.usefixtures("emulated_gpu")
+pytestmark = pytest.mark.usefixtures("kept_stand_in", "emulated_gpu")
 
 # By precision: how far a gradient may be from the reference's, relative to its norm. The 16-bit types round at other
 # places than the reference does (a GEMM's product before the bias is added): a few units in their last place.
