@@ -520,7 +520,7 @@ class CudaOperations(Operations):
         state: Array,
         lr_factor: float = 1.0,
     ) -> None:
-        vec = launch.vector_length(theta.size, theta, g, *moments)
+        vec = launch.vector_length(theta.size, theta, g, shadow, *moments)
         macros = (*launch.rule_macros(optimizer), ("HAS_SHADOW", str(int(shadow is not None))))
         prepared = self._buffer("prepared", _PREPARED, np.float64)
         self._launch(
