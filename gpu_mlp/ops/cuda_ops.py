@@ -7,6 +7,7 @@ they are first needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -77,7 +78,7 @@ class CudaOperations(Operations):
         return nullcontext()
 
     def gather(self, source: Array, rows: Array, out: Array) -> None:
-        columns = 1 if source.ndim == 1 else source.shape[1]
+        columns = math.prod(source.shape[1:])
         vec = launch.vector_length(columns, source, out)
         names = [_c_type(array.dtype.name, self._storage) for array in (source, out)]
         macros: Macros = (
