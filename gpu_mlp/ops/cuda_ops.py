@@ -305,6 +305,10 @@ class CudaOperations(Operations):
     ) -> None:
         rows, n = h.shape
         has_bias = ("HAS_BIAS", str(int(b is not None)))
+        if f.rowwise and keeps_z:  # no f′ reads that z, so that no kernel is made for it
+            self._activate(IDENTITY, product, b, product, False, None, state)
+            self._activate(f, product, None, h, False, None, state)
+            return
         if f.rowwise:
             macros: Macros = (("LOGARITHM", str(int(f.name == "log_softmax"))), has_bias)
             self._launch(
