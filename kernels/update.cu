@@ -29,7 +29,7 @@ update(S* theta, const S* __restrict__ g, S* m0, S* m1, S* m2, T* shadow, Index 
         for (int k = 0; k < MOMENTS; ++k) m[k] = load(moments[k] + i);
         for (int j = 0; j < VEC; ++j) {
             S x = gradient.v[j] * unscale, own[MOMENTS + 1];
-            if (i < covered) x += l1 * sign(p.v[j]) + l2 * p.v[j];
+            if (i + j < covered) x += l1 * sign(p.v[j]) + l2 * p.v[j];
             for (int k = 0; k < MOMENTS; ++k) own[k] = m[k].v[j];
             rule(p.v[j], x * clip, own, c);
             for (int k = 0; k < MOMENTS; ++k) m[k].v[j] = own[k];

@@ -7,6 +7,7 @@ they are first needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -119,7 +120,7 @@ class CudaOperations(Operations):
     def gather(
         self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
     ) -> None:
-        columns = 1 if source.ndim == 1 else source.shape[1]
+        columns = math.prod(source.shape[1:])
         vec = launch.vector_length(columns, source, out)
         names = [_c_type(array.dtype.name, self._storage) for array in (source, out)]
         macros = launch.gather_macros(*names)
@@ -381,6 +382,10 @@ class CudaOperations(Operations):
     ) -> None:
         rows, n = h.shape
         has_bias = ("HAS_BIAS", str(int(b is not None)))
+        if f.rowwise and keeps_z:  # no f′ reads that z, so that no kernel is made for it
+            self._activate(IDENTITY, product, b, product, False, None, state)
+            self._activate(f, product, None, h, False, None, state)
+            return
         if f.rowwise:
             macros: Macros = (("LOGARITHM", str(int(f.name == "log_softmax"))), has_bias)
             self._launch(
@@ -517,7 +522,7 @@ class CudaOperations(Operations):
             *self._target_macros(loss, y),
         )
         if isinstance(loss, Huber):
-            macros = (*macros, ("HUBER_DELTA", repr(loss.delta)))
+            macros = (*macros, ("HUBER_DELTA", launch.literal(loss.delta)))
         self._launch(
             "loss.cu",
             "pointwise_loss",
@@ -570,7 +575,7 @@ class CudaOperations(Operations):
             ("SIGNS", str(int(isinstance(loss, Hinge)))),
             ("CATEGORICAL", str(int(categorical))),
             ("CLASS_WEIGHTS", str(int(self._class_weight(loss) is not None))),
-            ("LABEL_SMOOTHING", repr(float(getattr(loss, "label_smoothing", 0.0)))),
+            ("LABEL_SMOOTHING", launch.literal(getattr(loss, "label_smoothing", 0.0))),
         )
 
     def _class_weight(self, loss: Loss) -> Array | None:
@@ -597,7 +602,7 @@ class CudaOperations(Operations):
         state: Array,
         lr_factor: float = 1.0,
     ) -> None:
-        vec = launch.vector_length(theta.size, theta, g, *moments)
+        vec = launch.vector_length(theta.size, theta, g, shadow, *moments)
         macros = (*launch.rule_macros(optimizer), ("HAS_SHADOW", str(int(shadow is not None))))
         prepared = self._buffer("prepared", _PREPARED, np.float64)
         self._launch(
@@ -759,6 +764,8 @@ def _c_type(dtype: str, storage: str) -> str:
         "uint16": "unsigned short",
         "uint8": "unsigned char",
         "bool": "bool",
+        "float16": "Float16Source",
+        "bfloat16": "BFloat16Source",
     }
     if dtype not in names:
         raise TypeError(
