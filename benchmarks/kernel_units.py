@@ -117,11 +117,13 @@ def _loss_unit(storage: str, vec: int) -> Unit:
 
 
 def _gather_variants() -> tuple[tuple[str, Macros], ...]:
-    pairs = {"cast": ("unsigned char", "T"), "copy": ("T", "T"), "labels": ("long long", "long long")}
-    return tuple(
-        (tag, (("FROM", a), ("TO", b), ("SAME", str(int(a == b))), ("NARROW", str(int(b == "T")))))
-        for tag, (a, b) in pairs.items()
-    )
+    pairs = {
+        "cast": ("unsigned char", "T"),
+        "copy": ("T", "T"),
+        "labels": ("long long", "long long"),
+        "widen": ("T", "double"),
+    }
+    return tuple((tag, launch.gather_macros(a, b)) for tag, (a, b) in pairs.items())
 
 
 def _update_unit(storage: str) -> Unit:

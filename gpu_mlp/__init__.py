@@ -41,7 +41,7 @@ from .schedules import (
     StepDecay,
     Warmup,
 )
-from .training import Diverged, Trainer
+from .training import DeviceLost, Diverged, Trainer
 
 if TYPE_CHECKING:
     from .estimators import MLPClassifier as MLPClassifier
@@ -65,6 +65,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "CrossEntropy",
+    "DeviceLost",
     "Diverged",
     "EarlyStopping",
     "ElasticNet",

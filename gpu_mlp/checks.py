@@ -89,14 +89,38 @@ def matrix(argument: str, value: Any, columns: int | None = None) -> np.ndarray:
     """``value`` as a (batch, columns) array of finite real numbers, in the dtype it came in; batch may be 0."""
     unmasked(argument, value)
     array = np.asarray(value)
+    shape(argument, array, columns)
+    finite(argument, array)
+    return array
+
+
+def shape(argument: str, array: Any, columns: int | None = None) -> None:
+    """An error unless ``array``, of whatever library, is a (batch, columns) array of real numbers."""
     if array.dtype.kind not in "buif" and array.dtype.name != "bfloat16":
         raise TypeError(f"{argument}: expected real numbers, got dtype {array.dtype}")
     wanted = "(batch, n)" if columns is None else f"(batch, {columns})"
     if array.ndim != 2 or (columns is not None and array.shape[1] != columns):
         hint = f"; for one sample use {argument}[None, :]" if array.shape == (columns,) else ""
         raise ValueError(f"{argument}: expected shape {wanted}, got {array.shape}{hint}")
-    finite(argument, array)
-    return array
+
+
+def target_shape(argument: str, array: Any, rows: int, outputs: int, labels: bool) -> None:
+    """An error unless ``array`` is (rows, outputs) real numbers, or with ``labels`` also (rows,) integers."""
+    if labels and array.shape == (rows,) and array.dtype.kind in "iu":
+        return
+    if array.shape != (rows, outputs) or array.dtype.kind not in "buif":
+        or_labels = f", or ({rows},) integer labels" if labels else ""
+        raise ValueError(
+            f"{argument}: expected shape ({rows}, {outputs}){or_labels}, got {array.dtype} of shape {array.shape}"
+        )
+
+
+def on_host(argument: str, value: Any) -> None:
+    """A TypeError for an array in a GPU's memory, where one in the host's is needed."""
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(
+            f"{argument}: is on a GPU and the network on the CPU; copy it there first, or use device='cuda'"
+        )
 
 
 def unmasked(argument: str, value: Any) -> None:

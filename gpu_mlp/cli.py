@@ -14,12 +14,15 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .ops.interface import DeviceError
 from .options import TrainOptions, merged
+from .training import DeviceLost
 
 app = typer.Typer(
     name="gpu-mlp",
@@ -52,9 +55,10 @@ def train(config: Path | None, **given: Any) -> None:
     run = Run(options)
     net, parts = run.model.net, run.parts.named()
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
-    _say(
-        f"network: {' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters, {net.precision} on {net.device}"
-    )
+    shape = f"{' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters"
+    _say(f"network: {shape}, {net.precision} on {net.device}{_why_not_cuda(options.device, net.device)}")
+    if net.device == "cuda":
+        _say(f"device memory: {run.trainer.plan(run.options.batch_size).summary()}")
     result = run.start()
     _figures_table(result.figures)
     last = list(result.figures)[-1]
@@ -184,11 +188,25 @@ def info(
     model: Annotated[
         Path | None, typer.Argument(help="A model or a run folder to describe", show_default=False)
     ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Widths such as 784,4096,10: the memory of a training step", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="With --plan: rows of a step")] = 128,
+    activation: Annotated[str, typer.Option(help="With --plan: of the hidden layers")] = "relu",
+    output: Annotated[str, typer.Option(help="With --plan: the output activation")] = "softmax",
+    precision: Annotated[str, typer.Option(help="With --plan")] = "float32",
+    optimizer: Annotated[str, typer.Option(help="With --plan")] = "adam",
+    accumulate: Annotated[int, typer.Option(help="With --plan: micro-batches of a step")] = 1,
 ) -> None:
-    """Say what this machine has to compute with, or what is in a model."""
-    from .environment import describe_machine, describe_model
+    """Say what this machine has to compute with, what is in a model, or what memory a training step takes."""
+    from .environment import describe_machine, describe_model, describe_plan
 
-    _facts_table(describe_machine() if model is None else describe_model(model))
+    if plan is not None:
+        if model is not None:
+            raise ValueError("plan: goes without a model")
+        _facts_table(describe_plan(plan, batch_size, activation, output, precision, optimizer, accumulate))
+    else:
+        _facts_table(describe_machine() if model is None else describe_model(model))
 
 
 @app.command()
@@ -207,6 +225,13 @@ def check(
     print(f"{total - failed} of {total} checks passed")
     if failed:
         raise typer.Exit(1)
+
+
+def _why_not_cuda(wanted: str, device: str) -> str:
+    """In brackets, why the device that was chosen automatically is not a GPU."""
+    from .ops import cuda_obstacle
+
+    return f" (no GPU: {cuda_obstacle()})" if wanted == "auto" and device == "cpu" else ""
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------
@@ -246,6 +271,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for a terminal that lacks an arrow
+    warnings.showwarning = lambda message, *where: _say(f"gpu-mlp: note: {message}")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -276,7 +302,7 @@ def run(arguments: list[str]) -> int:
         return 0
     except (ValueError, TypeError, OSError) as error:
         return _fail(_one_line(error), 2)
-    except (ArithmeticError, MemoryError) as error:
+    except (ArithmeticError, MemoryError, DeviceLost, DeviceError) as error:
         return _fail(_one_line(error) or "not enough memory; try a smaller --batch-size or more --accumulate", 1)
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,7 +21,6 @@ __all__ = [
     "load",
     "load_digits",
     "load_fashion_mnist",
-    "minibatches",
     "split",
     "take",
 ]
@@ -133,16 +130,3 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     bits = np.random.PCG64(np.random.SeedSequence([seed, EPOCH_STREAM, epoch]))
     order: np.ndarray = np.random.Generator(bits).permutation(n).astype(np.int64, copy=False)
     return order
-
-
-def minibatches(n: int, batch_size: int, order: np.ndarray | None = None) -> Iterator[Any]:
-    """What to index the n rows with, batch after batch; the last one may be short.
-
-    Slices in the stored order, or with an ``order``, (n,) indices, views of it.
-    """
-    checks.integer("n", n, minimum=0)
-    checks.integer("batch_size", batch_size, minimum=1)
-    if order is not None and np.shape(order) != (n,):
-        raise ValueError(f"order: expected ({n},) indices, got shape {np.shape(order)}")
-    pieces = (slice(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
-    return pieces if order is None else (order[piece] for piece in pieces)

@@ -9,8 +9,11 @@ import platform
 import subprocess
 from pathlib import Path
 
+from . import activations
+from .losses import FUSED
 from .model import Model
 from .ops import cuda_obstacle
+from .planning import plan_memory
 
 OPTIONAL = ("cupy-cuda12x", "ml_dtypes", "matplotlib", "pyarrow", "scikit-learn", "torch")
 
@@ -24,12 +27,36 @@ def describe_machine() -> dict[str, str]:
         f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable"
     )
     facts["optional"] = ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
-    facts["NVIDIA GPU"] = _gpu()
-    facts["devices"] = "cpu" if cuda_obstacle() else "cpu, cuda"
-    facts["CUDA"] = (
-        cuda_obstacle() or "usable with device='cuda' (not yet measured on a GPU; device='auto' means the CPU)"
-    )
-    return facts
+    facts["NVIDIA driver"] = _driver()
+    obstacle = cuda_obstacle()
+    if obstacle:
+        return {**facts, "device='cuda'": f"not usable: {obstacle}", "device='auto'": "means cpu"}
+    from .ops.device import describe
+
+    return {
+        **facts,
+        **describe(),
+        "device='cuda'": "usable: a kernel was compiled and ran",
+        "device='auto'": "means cuda",
+    }
+
+
+def describe_plan(
+    sizes: str, batch_size: int, activation: str, output: str, precision: str, optimizer: str, accumulate: int
+) -> dict[str, str]:
+    """The device memory of a training step, part by part; sizes: "784,4096,10"."""
+    try:
+        widths = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"plan: expected widths such as 784,4096,10, got {sizes!r}") from None
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"plan: expected at least an input and an output width, all positive, got {sizes!r}")
+    names = [activation] * (len(widths) - 2) + [output]
+    activations.get(activation, "activation"), activations.get(output, "output")
+    fused = any(output == of for of, _ in FUSED)
+    plan = plan_memory(widths, names, precision, optimizer, batch_size, fused, accumulate)
+    rows = f"{batch_size} rows" if accumulate == 1 else f"{batch_size} rows in {accumulate} micro-batches"
+    return {"a step of": f"{rows}, {' → '.join(map(str, widths))}, {precision}, {optimizer}", **plan.lines()}
 
 
 def describe_model(path: Path) -> dict[str, str]:
@@ -75,7 +102,7 @@ def _blas() -> str:
     )
 
 
-def _gpu() -> str:
+def _driver() -> str:
     """What the driver says of the GPUs of this machine."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:

@@ -248,6 +248,9 @@ class _BaseMLP(BaseEstimator):
         batch_size = min(200, n) if self.batch_size == "auto" else solvers.at_most(int(self.batch_size), n)
         if fitted.descent is None or not incremental:
             fitted.descent = self._descent(-(-n // batch_size))
+        descent = fitted.descent
+        descent.objective = self._objective()  # alpha may have been set since
+        feed = rows.feed(batch_size)
         order = np.arange(n) if self.shuffle else None
         shown = Progress(1 if incremental else self.max_iter, n, bool(self.progress))
         self.n_iter_ = 0
@@ -262,16 +265,17 @@ class _BaseMLP(BaseEstimator):
                     started = time.perf_counter()
                     if order is not None:
                         order = solvers.reorder(order, self._random_state)
-                    loss = fitted.descent.run_epoch(rows, order, batch_size, after_batch)
+                    loss = descent.run_epoch(rows, feed, order, after_batch)
                     if interrupted.is_set():
                         warnings.warn("Training interrupted by user.", stacklevel=5)
                         break
-                    if self._end_epoch(loss, n, held_out, started, shown) or incremental:
+                    if self._end_epoch(descent, loss, n, held_out, started, shown) or incremental:
                         break
                     if self.n_iter_ == self.max_iter:
                         self._warn_of_max_iter()
             finally:
                 shown.close()
+                descent.end_fit()
         if self.early_stopping and fitted.best is not None:
             fitted.put(fitted.best)
         fitted.best = None
@@ -303,10 +307,10 @@ class _BaseMLP(BaseEstimator):
             train, held_out = (*train, None), (*held_out, None)
         return tuple(train), (held_out[0], self._decode(held_out[1]), held_out[2])
 
-    def _end_epoch(self, loss: float, n: int, held_out: Any, started: float, shown: Progress) -> bool:
+    def _end_epoch(
+        self, descent: solvers.Descent, loss: float, n: int, held_out: Any, started: float, shown: Progress
+    ) -> bool:
         """Keep the books of an epoch; whether it was the last."""
-        descent = self._fitted.descent
-        assert descent is not None
         bad = descent.bad_step()
         if bad:
             raise ValueError(

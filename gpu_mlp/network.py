@@ -210,13 +210,17 @@ class MLP:
 
     # --- what it computes for a user ---
 
-    def forward(self, x: Any) -> NDArray[Any]:
-        """ŷ, (batch, n_L), for x, (batch, n_0), without dropout; float64 at precision float64, else float32."""
+    def forward(self, x: Any) -> Array:
+        """ŷ, (batch, n_L), for x, (batch, n_0), without dropout; float64 at precision float64, else float32.
+
+        From x on the host (what NumPy takes) a NumPy array; from x on the GPU (a CuPy array, or anything with
+        ``__cuda_array_interface__`` or DLPack, which is not copied) a CuPy array.
+        """
         x = self._check_x(x)
         y_hat = self._ops.empty((len(x), self.sizes[-1]), self._precision.master_dtype)
         for rows, work in self._predict(x, from_z=False):
             self._ops.copy(work.h[-1], y_hat[rows])
-        return self._ops.to_host(y_hat)
+        return self._like(x, y_hat)
 
     def cost(
         self,
@@ -247,7 +251,10 @@ class MLP:
         regularizer: ElasticNet | None = None,
         sample_weight: Any = None,
     ) -> tuple[float, Gradients]:
-        """J and its gradient with respect to every W, b and x, without dropout; arguments as in `cost`."""
+        """J and its gradient with respect to every W, b and x, without dropout; arguments as in `cost`.
+
+        The gradients are NumPy arrays, or CuPy arrays where x is on the GPU.
+        """
         x, y, w, loss = self._check_batch(x, y, sample_weight, loss)
         regularizer = regularizers.check(regularizer)
         master = self._precision.master_dtype
@@ -258,7 +265,7 @@ class MLP:
         with self._ops.tuned_for(self._largest_gemm(work.rows)):
             self._differentiate(x, y, w, loss, work, g.biases, self._store(g.weights), self._state, gx=g.input)
         self._penalise(regularizer, g.theta)
-        g.theta, g.input = self._ops.to_host(g.theta), self._ops.to_host(g.input)
+        g = Gradients(self._like(x, g.theta), self.layout, self._like(x, g.input))
         return self._ops.read_state(self._state, Slot.COST), g
 
     def fuses(self, loss: Loss) -> bool:
@@ -378,6 +385,18 @@ class MLP:
         """The operations, additions and multiplications, of the largest GEMM of a pass over ``rows`` rows."""
         return 2 * rows * max(n_in * n_out for n_in, n_out in zip(self.sizes, self.sizes[1:]))
 
+    def _like(self, x: Array, result: Array) -> Array:
+        """A result where the input came from: on the device, or on the host."""
+        return result if self._ops.owns(x) else self._ops.to_host(result)
+
+    def _move_to_host(self, theta: NDArray[Any]) -> None:
+        """Leave a device that has failed: go on with NumPy, from this copy of θ."""
+        self._ops = ops.make("cpu", self._precision)
+        self._allocate()
+        self._theta[...] = theta
+        self._exposed = True
+        self._refresh()
+
     def _chunk_rows(self, n: int) -> int:
         per_row = (2 * sum(self.sizes) + 2 * max(self.sizes)) * self._precision.storage_dtype.itemsize
         return max(1, min(n, CHUNK_ROWS, max(64, CHUNK_BYTES // per_row)))
@@ -387,21 +406,52 @@ class MLP:
         return self._ops.to_device(x, self._precision.storage_dtype)
 
     def _check_batch(
-        self, x: Any, y: Any, sample_weight: Any, loss: str | Loss
-    ) -> tuple[NDArray[Any], Array, Array | None, Loss]:
-        """The four arguments of a cost, checked against the network and each other; y and weights on the device."""
+        self, x: Any, y: Any, sample_weight: Any, loss: str | Loss, look: bool = True
+    ) -> tuple[Array, Array, Array | None, Loss]:
+        """The four arguments of a cost, checked as in `_check_host`; y and weights on the device."""
+        x, y, w, loss = self._check_host(x, y, sample_weight, loss, look)
+        return x, self._ops.to_device(y), None if w is None else self._ops.to_device(w), loss
+
+    def _check_host(
+        self, x: Any, y: Any, sample_weight: Any, loss: str | Loss, look: bool = True
+    ) -> tuple[Array, Array, Array | None, Loss]:
+        """The four arguments of a cost, checked against the network and each other, each still where it was.
+
+        Labels come as int64, other targets in the master type, weights as float64. Without ``look`` the values of what
+        is on the device are not looked at, which would mean waiting.
+        """
         loss = losses.get(loss)
         loss.check_output(self.output, self.sizes[-1])
-        x = self._check_x(x)
-        y, w = self._check_target(y, sample_weight, loss, len(x))
-        return x, y, w, loss
+        x = self._check_x(x, look)
+        y = self._check_y(y, loss, len(x), look)
+        if sample_weight is not None and self._ops.owns(sample_weight):
+            if look:
+                checks.sample_weight(self._ops.to_host(self._ops.to_device(sample_weight)), len(x))
+            return x, y, self._ops.to_device(sample_weight, np.float64), loss
+        return x, y, checks.sample_weight(sample_weight, len(x)), loss
 
-    def _check_x(self, x: Any) -> NDArray[Any]:
+    def _check_x(self, x: Any, look: bool = True) -> Array:
+        storage = self._precision.storage_dtype
+        if self._ops.owns(x):
+            x = self._ops.to_device(x)
+            checks.shape("x", x, self.sizes[0])
+            if look and not self._ops.all_finite(x, storage):
+                raise ValueError(f"x: an entry is not finite, or too large for {storage.name}")
+            return x
+        checks.on_host("x", x)
         x = checks.matrix("x", x, self.sizes[0])
-        checks.fits("x", x, self._precision.storage_dtype)
+        checks.fits("x", x, storage)
         return x
 
-    def _check_target(self, y: Any, sample_weight: Any, loss: Loss, rows: int) -> tuple[Array, Array | None]:
+    def _check_y(self, y: Any, loss: Loss, rows: int, look: bool) -> Array:
+        if self._ops.owns(y):
+            y = self._ops.to_device(y)
+            if not look:
+                checks.target_shape("y", y, rows, self.sizes[-1], loss.takes_labels)
+                return self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
+            self._check_y(self._ops.to_host(y), loss, rows, look)
+            return self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
+        checks.on_host("y", y)
         checks.unmasked("y", y)
         y = np.asarray(y)
         if y.ndim == 0 or len(y) != rows:
@@ -409,20 +459,20 @@ class MLP:
         y = loss.check_targets(y, self.sizes[-1])
         if y.ndim > 1:
             checks.fits("y", y, self._precision.master_dtype)
-        w = checks.sample_weight(sample_weight, rows)
-        y = self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
-        return y, None if w is None else self._ops.to_device(w, np.float64)
+        return np.ascontiguousarray(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
 
     def _begin(self, loss: Loss, y: Array, sample_weight: Array | None) -> None:
         self._ops.write_state(self._state, {Slot.COST: 0.0})
         self._ops.total_weight(loss, y, sample_weight, self._state)
 
-    def _add_loss(self, work: Workspace, loss: Loss, y: Array, sample_weight: Array | None) -> None:
-        """Add a chunk's share of L to the state's COST."""
+    def _add_loss(
+        self, work: Workspace, loss: Loss, y: Array, sample_weight: Array | None, state: Array | None = None
+    ) -> None:
+        """Add a chunk's share of L to the COST of a state, the network's own by default."""
         last = len(self._f) - 1
         self._ops.loss_and_gradient(
             loss, self._f[last], self.fuses(loss), work.h[-1], work.z[last], y, sample_weight,
-            work.gz(last), None, False, self._state,
+            work.gz(last), None, False, self._state if state is None else state,
         )  # fmt: skip
 
     def _penalise(self, regularizer: ElasticNet | None, g: Array | None = None) -> None:

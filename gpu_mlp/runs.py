@@ -25,7 +25,7 @@ from .options import TrainOptions
 from .preprocessing import Labels, Preprocessor, TargetScaler, infer_task
 from .readers import RawData
 from .regularizers import ElasticNet
-from .training import Diverged, Trainer
+from .training import DeviceLost, Diverged, Trainer
 
 DEFAULT_DROPOUT, DEFAULT_SMOOTHING, DEFAULT_SCHEDULE = 0.3, 0.05, "cosine"
 DEFAULT_LR = {"adam": 2e-3, "adamw": 2e-3}
@@ -192,7 +192,7 @@ class Run:
         chosen = self.options
         self.folder = _new_folder(chosen.data) if chosen.out is None else Path(chosen.out)
         created = _make(self.folder)
-        diverged = None
+        failed: Diverged | DeviceLost | None = None
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
@@ -204,11 +204,11 @@ class Run:
                     progress=chosen.progress,
                     early_stopping=self._early_stopping,
                 )
-        except Diverged as error:
+        except (Diverged, DeviceLost) as error:
             if error.history is None or not len(error.history):
                 _remove_empty(created)
                 raise
-            diverged, history = error, error.history
+            failed, history = error, error.history
         except BaseException:
             _remove_empty(created)
             raise
@@ -217,8 +217,8 @@ class Run:
         except BaseException:
             _remove_empty(created)  # only if nothing at all could be written
             raise
-        if diverged is not None:
-            raise Diverged(f"{diverged}; the model of the last good epoch is in {self.folder}", history)
+        if failed is not None:
+            raise type(failed)(f"{failed}; the model of the last good epoch is in {self.folder}", history)
         return result
 
     def _write(self, history: History) -> Result:

@@ -20,6 +20,7 @@ from .activations import ACTIVATIONS
 from .gradcheck import GradcheckReport, gradcheck
 from .losses import LOSSES, Loss
 from .network import MLP
+from .optimizers import OPTIMIZERS
 from .precision import PRECISIONS
 from .precision import get as precision_of
 from .regularizers import ElasticNet
@@ -28,6 +29,8 @@ from .training import Trainer
 # How far J's gradient may be from float64's, in the Frobenius norm: about 30 units in the last place of the storage
 # type.
 TOLERANCE = {"float64": 1e-13, "float32": 4e-6, "tf32": 3e-2, "bfloat16": 0.12, "float16": 1.5e-2}
+
+SAME = 1e-9  # float64 on two devices, whose sums run in different orders, relative to the norm
 
 OF_EACH_ARRAY = 4  # entries tried where a loss meets its many outputs: those were checked whole as hidden layers
 
@@ -49,7 +52,12 @@ def run_checks(device: str, seed: int) -> Iterator[Check]:
 
 
 def _all_checks(rng: np.random.Generator, device: str, seed: int) -> Iterator[Check]:
+    chosen = MLP([1, 1], device=device).device
+    why = ops.cuda_obstacle() if device == "auto" else ""
+    yield Check("device", True, f"{chosen} ({why})" if why else chosen)
     yield from _gradients(rng, seed)
+    if chosen == "cuda":
+        yield from _agreement(rng, seed)
     yield from _precisions(rng, device, seed)
     yield _repeatable(rng, device, seed)
     yield _files(device, seed)
@@ -89,6 +97,37 @@ def _report(
     return gradcheck(
         net, rng.uniform(-0.8, 0.8, (6, 4)), y, loss, ElasticNet(1e-3, 1e-2, on="all"), max_entries=max_entries
     )
+
+
+def _agreement(rng: np.random.Generator, seed: int) -> Iterator[Check]:
+    """Every activation, loss and optimizer on the GPU against the CPU, in float64."""
+    x = rng.uniform(-0.8, 0.8, (33, 5))
+    for name in ACTIVATIONS:
+        yield _compared(f"GPU against CPU, hidden {name}", name, "softmax", "cross_entropy", x, rng, seed)
+    for loss in LOSSES:
+        outputs = ("identity", "sigmoid", "softmax", "log_softmax")
+        output = next(output for output in outputs if _allows(LOSSES[loss](), output))
+        yield _compared(f"GPU against CPU, {loss} behind {output}", "tanh", output, loss, x, rng, seed)
+    y = rng.integers(0, 3, len(x))
+    for optimizer in OPTIMIZERS:
+        ends = []
+        for device in ("cpu", "cuda"):
+            net = MLP([5, 17, 3], "tanh", "softmax", precision="float64", device=device, seed=seed)
+            Trainer(net, optimizer=optimizer).fit((x, y), epochs=3, batch_size=8, progress=False)
+            ends.append(net._ops.to_host(net.theta))
+        off = float(np.linalg.norm(ends[1] - ends[0]) / np.linalg.norm(ends[0]))
+        yield Check(f"GPU against CPU, 3 epochs of {optimizer}", off <= SAME, f"weights off by {off:.1e} of their norm")
+
+
+def _compared(
+    name: str, hidden: str, output: str, loss: str, x: NDArray[Any], rng: np.random.Generator, seed: int
+) -> Check:
+    y, found = _target(LOSSES[loss](), len(x), 3, rng), []
+    for device in ("cpu", "cuda"):
+        net = MLP([5, 17, 3], hidden, output, precision="float64", device=device, seed=seed)
+        found.append(net.cost_and_gradients(x, y, loss)[1].theta)
+    off = float(np.linalg.norm(found[1] - found[0]) / max(np.linalg.norm(found[0]), np.finfo(float).tiny))
+    return Check(name, off <= SAME, f"gradient off by {off:.1e} of its norm")
 
 
 def _difference_check(name: str, reports: list[GradcheckReport]) -> Check:
@@ -131,7 +170,7 @@ def _repeatable(rng: np.random.Generator, device: str, seed: int) -> Check:
     for _ in range(2):
         net = MLP([8, 16, 3], output="softmax", dropout=0.2, device=device, seed=seed)
         Trainer(net).fit((x, y), epochs=3, batch_size=32, progress=False)
-        ends.append(net.theta.tobytes())
+        ends.append(net._ops.to_host(net.theta).tobytes())
     same = ends[0] == ends[1]
     return Check("same seed, same bits", same, "two runs agree" if same else "two runs differ")
 
@@ -141,5 +180,5 @@ def _files(device: str, seed: int) -> Check:
     net = MLP([8, 16, 3], output="softmax", device=device, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         back = MLP.load(net.save(Path(folder) / "model.safetensors"), device)
-    same = net.theta.tobytes() == back.theta.tobytes()
+    same = net._ops.to_host(net.theta).tobytes() == back._ops.to_host(back.theta).tobytes()
     return Check("save and load", same, "the same bits" if same else "the weights differ")

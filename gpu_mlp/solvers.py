@@ -2,7 +2,7 @@
 
 Leans on `training` for the state of a descent and on `ops` for the arithmetic; imports no scikit-learn. What differs
 from `Trainer.fit` is written down here and nowhere else: what J is (`Objective`), how the learning rate moves (`Rate`),
-and that the rows may be sparse (`Rows`).
+and that the rows may be sparse (`Rows`, `Unpacked`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data
+from . import checks
+from .feeding import Buffers, Resident, Streamed
 from .losses import BinaryCrossEntropy, CrossEntropy, HalfMSE, Loss, Poisson
 from .network import MLP
-from .ops.interface import Array, Slot
+from .ops.interface import Array, Operations, Slot
 from .optimizers import LBFGS, SGD, Optimizer
 from .regularizers import L2
 from .schedules import PlateauState, Schedule, plateau_of
-from .training import Trainer
+from .training import SPARE_BYTES, Trainer
 
 
 @dataclass(frozen=True)
@@ -75,69 +76,100 @@ def objective(task_loss: str, output: str, n_outputs: int, alpha: float, dtype: 
 
 
 class Rows:
-    """The training rows as the network takes them: x dense on its device, or sparse here and unpacked batch by batch.
+    """The training rows: x dense or a SciPy CSR matrix that is unpacked batch by batch, its targets and its weights.
 
-    x: (n, n_0) array or SciPy CSR matrix; y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any sign. Slices
-    of it are dense device arrays, so that it can stand in for x in a pass over the whole set.
+    x: (n, n_0); y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any sign.
     """
 
     def __init__(self, net: MLP, x: Any, y: NDArray[Any], weight: NDArray[Any] | None) -> None:
         self._net, ops = net, net._ops
-        self._sparse = not isinstance(x, np.ndarray)
-        storage, master = net._precision.storage_dtype, net._precision.master_dtype
-        if not self._sparse:
-            checks.fits("X", x, storage)
-            x = ops.to_device(x) if ops.waits else np.ascontiguousarray(x)
+        self.sparse = not isinstance(x, np.ndarray)
+        if not self.sparse:
+            checks.fits("X", x, net._precision.storage_dtype)
+            x = np.ascontiguousarray(x)
         self._x = x
-        self.host_y = y
-        self.y = ops.to_device(y, np.int64 if y.ndim == 1 else master)
-        self.host_weight = weight
+        self._y = np.ascontiguousarray(y, np.int64 if y.ndim == 1 else net._precision.master_dtype)
+        self._weight = weight
+        self.y = ops.to_device(self._y)
         self.weight = None if weight is None else ops.to_device(weight, np.float64)
-        self._buffers: tuple[Array, Array, Array | None] | None = None
 
     def __len__(self) -> int:
         return int(self._x.shape[0])
 
-    def __getitem__(self, rows: slice) -> Array:
-        block = self._x[rows]
-        return self._net._ops.to_device(block.toarray()) if self._sparse else block
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """A dense block of x."""
+        return self._x[rows].toarray() if self.sparse else self._x[rows]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the rows have weights."""
+        return self._weight is not None
 
     def total(self, rows: Any = slice(None)) -> float:
         """Σ wᵢ of some rows; ZeroDivisionError, as NumPy's weighted average has it, where they weigh nothing."""
-        if self.host_weight is None:
-            return float(len(range(*rows.indices(len(self))) if isinstance(rows, slice) else rows))
-        total = float(self.host_weight[rows].sum())
+        if self._weight is None:
+            return float(len(self._y[rows]))
+        total = float(self._weight[rows].sum())
         if total == 0:
             raise ZeroDivisionError("sample_weight: the weights of a batch sum to zero, so its mean loss is undefined")
         return total
 
     def constant(self, objective: Objective, rows: Any = slice(None)) -> float:
         """The objective's constant over some rows."""
-        return objective.constant(self.host_y[rows], None if self.host_weight is None else self.host_weight[rows])
+        return objective.constant(self._y[rows], None if self._weight is None else self._weight[rows])
 
-    def batch(self, rows: Any, size: int) -> tuple[Array, Array, Array | None]:
-        """x, y and weight of a slice or of (k,) int64 indices, k ≤ ``size``, in buffers that the next call reuses."""
+    def feed(self, batch_size: int) -> Resident | Streamed | Unpacked:
+        """What brings the minibatches to the operations: x on the device, or where it does not fit there a stream."""
         ops = self._net._ops
-        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        x, y, weight = (b if b is None else b[:n] for b in self._batch_buffers(size))
-        here = rows if isinstance(rows, slice) else ops.to_device(rows)
-        if self._sparse:
-            ops.copy(ops.to_device(self._x[rows].toarray()), x)
-        for source, out in ((None if self._sparse else self._x, x), (self.y, y), (self.weight, weight)):
-            if source is None or out is None:
-                continue
-            if isinstance(rows, slice):
-                ops.copy(source[rows], out)
-            else:
-                ops.gather(source, here, out)
-        return x, y, weight
+        if self.sparse:
+            return Unpacked(ops, self._x, self.y, self.weight, batch_size)
+        x = self.whole()
+        if ops.waits and x is self._x:
+            weight = None if self._weight is None else np.asarray(self._weight, np.float64)
+            return Streamed(ops, x, self._y, weight, batch_size)
+        return Resident(ops, x, self.y, self.weight, batch_size)
 
-    def _batch_buffers(self, size: int) -> tuple[Array, Array, Array | None]:
-        if self._buffers is None or len(self._buffers[0]) < size:
-            ops, storage = self._net._ops, self._net._precision.storage_dtype
-            x, y = ops.empty((size, self._x.shape[1]), storage), ops.empty((size, *self.y.shape[1:]), self.y.dtype)
-            self._buffers = x, y, None if self.weight is None else ops.empty(size, np.float64)
-        return self._buffers
+    def whole(self) -> Any:
+        """What can be sliced for blocks of x: x on the device, or where it does not fit there as it is."""
+        ops = self._net._ops
+        free = ops.free_bytes()
+        if self.sparse or not ops.waits:
+            return self if self.sparse else self._x
+        if free is not None and self._x.nbytes + SPARE_BYTES > free:
+            return self._x
+        try:
+            return ops.to_device(self._x)
+        except ops.out_of_memory:
+            return self._x  # what is free need not be in one piece
+
+
+class Unpacked:
+    """A feed, as in `feeding`, of a sparse x: every minibatch is unpacked here and copied to where it is worked on."""
+
+    key = None
+
+    def __init__(self, ops: Operations, x: Any, y: Array, weight: Array | None, batch_size: int) -> None:
+        self._ops, self._x, self._rest, self._batch_size = ops, x, (y, weight), batch_size
+        self._buffers = Buffers(ops, batch_size, x, y, weight)
+
+    def epoch(self, order: NDArray[np.int64] | None) -> Iterator[tuple[int, int]]:
+        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored."""
+        ops, n = self._ops, self._x.shape[0]
+        for cursor in range(0, n, self._batch_size):
+            rows: Any = slice(cursor, min(cursor + self._batch_size, n))
+            count = rows.stop - rows.start
+            rows = rows if order is None else order[rows]
+            x, *rest = self._buffers.first(count)
+            ops.copy(ops.to_device(self._x[rows].toarray()), x)
+            here = rows if order is None else ops.to_device(rows)
+            for source, out in zip(self._rest, rest):
+                if source is not None and out is not None:
+                    ops.copy(source[here], out)
+            yield cursor, count
+
+    def fetch(self, rows: int, state: Array) -> tuple[Array, Array, Array | None]:
+        """The minibatch at hand."""
+        return self._buffers.first(rows)
 
 
 class Rate:
@@ -186,55 +218,59 @@ class Descent(Trainer):
         self._set = rate.now  # the rate that the momentum was last expressed in
 
     def run_epoch(
-        self, rows: Rows, order: NDArray[np.int64] | None, batch_size: int, after_batch: Callable[[int], bool]
+        self, rows: Rows, feed: Any, order: NDArray[np.int64] | None, after_batch: Callable[[int], bool]
     ) -> float:
         """One pass over the rows in ``order``: the mean over them of J of their batch, each before its update.
 
         ``after_batch(rows)`` is called after every update, and ends the epoch by returning True.
         """
-        ops, value, seen = self.net._ops, 0.0, 0
+        ops, constant, seen = self.net._ops, 0.0, 0
         self._follow_rate()
         self.epoch += 1
         ops.write_state(self._state, {Slot.EPOCH_COST: 0.0})
-        work = self._workspace(batch_size)
-        for batch in data.minibatches(len(rows), batch_size, order):
-            n = len(range(*batch.indices(len(rows)))) if isinstance(batch, slice) else len(batch)
-            x, y, weight = rows.batch(batch, batch_size)
-            self._update_on(x, y, weight, rows.total(batch), work.first(min(n, work.rows)))
-            value += n * rows.constant(self.objective, batch)
+        for cursor, n in feed.epoch(order):
+            batch: Any = slice(cursor, cursor + n)
+            batch = batch if order is None else order[batch]
+            self._update_on(feed, n, cursor, rows.total(batch), rows.weighted)
+            constant += n * rows.constant(self.objective, batch)
             seen += n
             if after_batch(n):
                 break
-        return (ops.read_state(self._state, Slot.EPOCH_COST) / self.objective.value_divisor + value) / seen
+        return (ops.read_state(self._state, Slot.EPOCH_COST) / self.objective.value_divisor + constant) / seen
+
+    def end_fit(self) -> None:
+        """Forget what was recorded: the next fit has buffers of its own."""
+        self._recorder.clear()
 
     def bad_step(self) -> int:
         """The first update whose cost was not finite, counted from 1, or 0; the weights are those from before it."""
         return int(self.net._ops.read_state(self._state, Slot.BAD_ROUND))
 
-    def _update_on(self, x: Array, y: Array, weight: Array | None, total: float, work: Any) -> None:
-        """One update on one batch of weight ``total``, all of it on the device."""
-        net, ops, state = self.net, self.net._ops, self._state
+    def _update_on(self, feed: Any, rows: int, cursor: int, total: float, weighted: bool) -> None:
+        """One update on the minibatch, of weight ``total``, that ``feed`` has ready."""
+        ops = self.net._ops
         lr = self.rate.now
         if self.scheduled:
             lr = self.plateau_rate(self.schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
-        ops.write_state(
-            state,
-            {
-                Slot.LEARNING_RATE: lr,
-                Slot.ROUND: self.rounds,
-                Slot.COST: 0.0,
-                Slot.GRADIENT_NORM: 0.0,
-                Slot.TOTAL_WEIGHT: total / self.objective.gradient_factor,
-            },
-        )
+        ops.begin_step(lr, self.rounds, cursor, self._state)
+        ops.write_state(self._state, {Slot.TOTAL_WEIGHT: total / self.objective.gradient_factor})
+        self.regularizer = self.objective.penalty(total)
+        if weighted:  # every batch has a penalty of its own, which a recording would have in it
+            self._descend_on(feed, rows, total)
+        else:
+            self._recorder.run((rows, feed.key), lambda: self._descend_on(feed, rows, total))
+        self.rounds += 1
+
+    def _descend_on(self, feed: Any, rows: int, total: float) -> None:
+        """The passes and the rule. Queues operations, and looks at none."""
+        net, ops, state = self.net, self.net._ops, self._state
+        x, y, weight = feed.fetch(rows, state)
         penalty = self.objective.penalty_value(total)
         if penalty is not None:
             ops.penalty(net._theta, self._penalised, penalty, state)
-        self.regularizer = self.objective.penalty(total)
-        net._differentiate(x, y, weight, self.loss, work, self._gb, self._sink, state, self._dropout)
+        net._differentiate(x, y, weight, self.loss, self._workspace(rows), self._gb, self._sink, state, self._dropout)
         self._update()
-        ops.finish_step(len(x), state)
-        self.rounds += 1
+        ops.finish_step(rows, state)
 
     def _follow_rate(self) -> None:
         """Express the momentum in the rate that now holds.
@@ -310,6 +346,7 @@ class _FullBatch:
         self._trainer = Trainer(net, objective.loss, rule, L2(objective.alpha))
         self._total = rows.total()
         self._constant = rows.constant(objective)
+        self._x = rows.whole()
         self._work = self._trainer._workspace(net._chunk_rows(len(rows)))
 
     def put(self, theta: NDArray[np.float64]) -> None:
@@ -324,7 +361,7 @@ class _FullBatch:
         state = trainer._state
         ops.write_state(state, {Slot.COST: 0.0, Slot.TOTAL_WEIGHT: self._total / objective.gradient_factor})
         net._differentiate(
-            self._rows, self._rows.y, self._rows.weight, objective.loss, self._work, trainer._gb, trainer._sink, state
+            self._x, self._rows.y, self._rows.weight, objective.loss, self._work, trainer._gb, trainer._sink, state
         )
         value, gradient = objective.penalty_value(self._total), objective.penalty(self._total)
         if value is not None and gradient is not None:
@@ -389,8 +426,8 @@ class Fitted:
             return net.forward(x)
         y_hat = np.empty((x.shape[0], net.sizes[-1]), net._precision.master_dtype)
         step = net._chunk_rows(x.shape[0])
-        for rows in data.minibatches(x.shape[0], step):
-            y_hat[rows] = net.forward(x[rows].toarray())
+        for start in range(0, x.shape[0], max(1, step)):
+            y_hat[start : start + step] = net.forward(x[start : start + step].toarray())
         return y_hat
 
     def __getstate__(self) -> dict[str, Any]:

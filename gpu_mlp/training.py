@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks, data, losses, metrics, optimizers, regularizers, schedules
+from .feeding import Feed, Parts, Resident, Single, Streamed
 from .history import EarlyStopping, History
 from .losses import Loss
 from .network import MLP
-from .ops.interface import Array, Dropout, Slot
+from .notices import say_once
+from .ops.interface import Array, DeviceError, Dropout, Recorder, Slot
 from .optimizers import LBFGS, SGD, Optimizer
+from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
 from .progress import Progress
 from .regularizers import ElasticNet
@@ -30,6 +33,8 @@ from .schedules import PlateauState, Schedule
 from .workspace import Workspace
 
 ADVICE = "a lower learning rate or clip_norm helps in most cases"
+LOOK_EVERY = 100  # steps; how often a device that has to be waited for is asked whether the cost is still finite
+SPARE_BYTES = 64 << 20  # of a device's memory that a resident data set leaves free
 Callback = Callable[["Trainer", "dict[str, float]"], Any]
 
 
@@ -40,6 +45,17 @@ class Diverged(ArithmeticError):
     """
 
     def __init__(self, message: str, history: History | None = None) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+class DeviceLost(RuntimeError):
+    """The device failed in a run. The network is on the CPU now, with the weights of the last whole epoch.
+
+    ``history`` is what `Trainer.fit` had recorded before. The trainer cannot be used any more.
+    """
+
+    def __init__(self, message: str, history: History) -> None:
         super().__init__(message)
         self.history = history
 
@@ -55,6 +71,7 @@ class Trainer:
     with a fraction of the memory.
     apply_at_once: apply each layer's gradient as soon as it is ready and store none; only plain SGD can. None means
     whenever that is possible.
+    graph: on a GPU, record the steps of each batch shape as a CUDA graph and replay it; None means where possible.
     seed: of the shuffles; None takes the network's.
 
     A trainer goes on where it stopped: a second `fit` continues moments, step number and shuffles.
@@ -70,6 +87,7 @@ class Trainer:
         clip_norm: float | None = None,
         accumulate: int = 1,
         apply_at_once: bool | None = None,
+        graph: bool | None = None,
         seed: int | None = None,
     ) -> None:
         if not isinstance(net, MLP):
@@ -84,9 +102,14 @@ class Trainer:
         self.accumulate = checks.integer("accumulate", accumulate, 1)
         self.seed = net.seed if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
         self.apply_at_once = self._can_apply_at_once(apply_at_once)
+        self._may_store = apply_at_once is None
+        self.graph = None if graph is None else checks.boolean("graph", graph)
         self.epoch = 0  # epochs begun, over all fits
         self.rounds = 0  # steps begun, over all fits
         self.plateau = PlateauState()
+        self._work: Workspace | None = None
+        self._handed: Single | None = None
+        self._recipe: tuple[Any, ...] = ()
         self._check_full_batch()
         self._allocate()
 
@@ -95,35 +118,49 @@ class Trainer:
     def step(self, x: Any, y: Any, sample_weight: Any = None) -> Any:
         """One update on one batch; the cost J before it, whose ``float()`` waits for the device.
 
-        x: (batch, n_0); y and sample_weight as in `MLP.cost`. Raises Diverged where the cost is not finite (on a device
-        that has to be waited for: at a later step), ValueError or TypeError for bad input.
+        x: (batch, n_0); y and sample_weight as in `MLP.cost`. Raises ValueError or TypeError for bad input; the values
+        of arrays that are on the GPU already are not looked at, which would mean waiting for it. Raises Diverged where
+        the cost is not finite: at once on the CPU, on a GPU within 100 steps, and until then nothing is updated.
         """
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("optimizer: L-BFGS works on the whole data set; use fit, not step")
-        x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
+        ops = self.net._ops
+        x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss, look=False)
         self.net._refresh()
-        work = self._workspace(len(x))
-        with self.net._ops.tuned_for(self.net._largest_gemm(work.rows)):
-            self._step(self.net._input(x), y, w, self.schedule, work)
-        if not self.net._ops.waits:
-            self._refuse_divergence()
+        feed = self._single(x, y, w)
+        with ops.tuned_for(self.net._largest_gemm(self._workspace(len(x)).rows)):
+            feed.put(x, y, w)
+            self._step(feed, len(x), 0, self.schedule)
+        if not ops.waits or self.rounds % LOOK_EVERY == 0:
+            self._refuse_divergence(feed)
             self._refuse_bad_weights()
-        return self.net._ops.snapshot_state(self._state, Slot.COST)
+        return ops.snapshot_state(self._state, Slot.COST)
 
-    def _step(self, x: Array, y: Array, w: Array | None, schedule: Schedule, work: Workspace) -> None:
-        """One update: the passes over every micro-batch, then the rule. x, y, w lie on the device, checked."""
-        net, ops, state = self.net, self.net._ops, self._state
+    def _single(self, x: Array, y: Array, w: Array | None) -> Single:
+        """The feed that `step` hands its batches to."""
+        if self._handed is None or not self._handed.takes(x, y, w):
+            self._recorder.clear()
+            self._handed = Single(self.net._ops, x, y, w, self._recorder.replays)
+        return self._handed
+
+    def _step(self, feed: Feed, rows: int, cursor: int, schedule: Schedule) -> None:
+        """One update on the minibatch that ``feed`` has ready: all of it is recorded but for a few numbers."""
         rate = self.plateau_rate(schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
-        ops.write_state(
-            state, {Slot.LEARNING_RATE: rate, Slot.ROUND: self.rounds, Slot.COST: 0.0, Slot.GRADIENT_NORM: 0.0}
-        )
+        self._forget_other_recipes()
+        self.net._ops.begin_step(rate, self.rounds, cursor, self._state)
+        self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
+        self.rounds += 1
+
+    def _work_through(self, feed: Feed, rows: int) -> None:
+        """The passes over every micro-batch of a minibatch, then the rule. Queues operations, and looks at none."""
+        net, ops, state = self.net, self.net._ops, self._state
+        x, y, w = feed.fetch(rows, state)
         ops.total_weight(self.loss, y, w, state)
         if self.regularizer is not None:
             ops.penalty(net._theta, self._penalised, self.regularizer, state)
-        net._differentiate(x, y, w, self.loss, work, self._gb, self._sink, state, self._dropout)
+        net._differentiate(x, y, w, self.loss, self._workspace(rows), self._gb, self._sink, state, self._dropout)
         self._update()
-        ops.finish_step(len(x), state)
-        self.rounds += 1
+        ops.finish_step(rows, state)
 
     def _update(self) -> None:
         """Hand the gradient to the optimizer: all of it, or only the biases' where the weights have had theirs."""
@@ -172,10 +209,16 @@ class Trainer:
         metrics: names from accuracy, top_K_accuracy, rmse, r2, worked out on the validation part.
 
         Ctrl-C ends the run after the step at hand, with a warning; a second one interrupts at once. A cost that is not
-        finite raises Diverged; the network then holds the weights from the end of the last good epoch.
+        finite raises Diverged; the network then holds the weights from the end of the last good epoch. A GPU that fails
+        raises DeviceLost; the network then holds those weights on the CPU.
+
+        x, y and the weights may lie on the GPU (CuPy arrays, or anything with ``__cuda_array_interface__`` or DLPack):
+        they are used where they are. From the host, a data set that fits the GPU's memory is copied there; a larger one
+        streams through it, in the same order.
         """
         run = _Run(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
         shown = Progress(epochs, run.n, checks.boolean("progress", progress))
+        self._recorder.clear()
         try:
             tuned = self.net._ops.tuned_for(self.net._largest_gemm(run.rows))
             with tuned, _interrupt_between_steps() as interrupted:
@@ -183,8 +226,11 @@ class Trainer:
                     run.minimise(shown, interrupted)
                 else:
                     run.descend(shown, interrupted)
+        except DeviceError as error:
+            raise run.rescued(error) from error
         finally:
             shown.close()
+            self._recorder.clear()  # what it kept alive is free for other work
         if run.history.stopped == "interrupted":
             warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=2)
         return run.history
@@ -242,13 +288,10 @@ class Trainer:
             raise ValueError(f"precision: L-BFGS needs float64, float32 or tf32, not {self.net.precision!r}")
 
     def _allocate(self) -> None:
-        """The gradient (the biases' part of it where the weights' is applied at once), the moments, and the state."""
+        """The gradient, the moments, the state, and what records steps."""
         net, ops = self.net, self.net._ops
         master = net._precision.master_dtype
-        first = net.layout.n_weights if self.apply_at_once else 0
-        self._g = ops.zeros(net.layout.size - first, master)
-        self._gb = net.layout.biases(self._g, first)
-        self._sink = self._descend if self.apply_at_once else net._store(net.layout.weights(self._g))
+        self._allocate_gradient()
         self.moments = {name: ops.zeros(net.layout.size, master) for name in self.optimizer.moments}
         for name, moment in self.moments.items():
             moment[...] = self.optimizer.initial(name)
@@ -257,30 +300,90 @@ class Trainer:
             ops.write_state(self._state, {Slot.LOSS_SCALE: INITIAL_LOSS_SCALE})
         self._W = net.layout.weights(net._theta)
         self._penalised = 0 if self.regularizer is None else net.layout.penalised(self.regularizer)
-        self._work: Workspace | None = None
+        self._recorder: Recorder = ops.recorder(self.graph)
+
+    def _allocate_gradient(self) -> None:
+        """The gradient: all of it, or the biases' part where the weights' is applied at once; and where it goes."""
+        net, ops = self.net, self.net._ops
+        first = net.layout.n_weights if self.apply_at_once else 0
+        self._g = ops.zeros(net.layout.size - first, net._precision.master_dtype)
+        self._gb = net.layout.biases(self._g, first)
+        self._sink = self._descend if self.apply_at_once else net._store(net.layout.weights(self._g))
 
     def _workspace(self, rows: int) -> Workspace:
-        """The buffers for batches of up to ``rows`` rows, each cut into micro-batches."""
-        micro = -(-max(1, rows) // self.accumulate)
-        if self._work is None or self._work.rows < micro:
-            self._work = Workspace(self.net._ops, self.net.sizes, self.net._f, self.net.fuses(self.loss), micro)
-        return self._work.first(micro)
+        """The buffers for batches of up to ``rows`` rows, each cut into micro-batches; more if memory is short."""
+        given = self.accumulate
+        while self._work is None or self._work.rows < self._micro(rows):
+            self._work = None
+            self._recorder.clear()
+            try:
+                net = self.net
+                self._work = Workspace(net._ops, net.sizes, net._f, net.fuses(self.loss), self._micro(rows))
+            except self.net._ops.out_of_memory:
+                self._cut_smaller(rows)
+        if self.accumulate != given:
+            say_once(
+                f"a step of {rows} rows does not fit the device's memory; it is cut into {self.accumulate} "
+                f"micro-batches, which give the same update ({self.plan(rows).summary()})"
+            )
+        return self._work.first(self._micro(rows))
+
+    def _micro(self, rows: int) -> int:
+        """The rows of a micro-batch."""
+        return -(-max(1, rows) // self.accumulate)
+
+    def _cut_smaller(self, rows: int) -> None:
+        """Twice as many micro-batches; MemoryError where that is not possible."""
+        plan = self.plan(rows)
+        if self._micro(rows) == 1 or (self.apply_at_once and not self._may_store):
+            raise MemoryError(f"a step of {rows} rows does not fit the device's memory: {plan.summary()}") from None
+        if self.apply_at_once:  # micro-batches need a gradient to add up in
+            self.apply_at_once = False
+            try:
+                self._allocate_gradient()
+            except self.net._ops.out_of_memory:
+                raise MemoryError(f"the gradient does not fit the device's memory: {plan.summary()}") from None
+        self.accumulate *= 2
+
+    def plan(self, batch_size: int) -> Plan:
+        """What a step on ``batch_size`` rows needs of the device's memory, the data set apart."""
+        return plan_memory(
+            self.net.sizes,
+            [f.name for f in self.net._f],
+            self.net.precision,
+            self.optimizer,
+            batch_size,
+            fused=self.net.fuses(self.loss),
+            accumulate=self.accumulate,
+            stores_gradient=not self.apply_at_once,
+        )
+
+    def _forget_other_recipes(self) -> None:
+        """Drop what was recorded when something that a recording has in it was exchanged, by a callback say."""
+        recipe = (self.loss, self.optimizer, self.regularizer, self.clip_norm, self.accumulate, self.apply_at_once)
+        if any(new is not old for new, old in zip(recipe, self._recipe)):
+            self._recorder.clear()
+        self._recipe = recipe
 
     def _dropout(self, first_row: int) -> list[Dropout | None]:
         """The masks of every layer for the micro-batch that begins at ``first_row``; the output layer has none."""
         rates = (*self.net.dropout, 0.0)
         return [Dropout(rate, self.net.seed, l, first_row) if rate else None for l, rate in enumerate(rates)]
 
-    def _refuse_divergence(self) -> None:
-        """Raise Diverged if a step's cost or gradient norm was not finite."""
-        bad = int(self.net._ops.read_state(self._state, Slot.BAD_ROUND))
-        if bad:
-            where = self._where_not_finite()
-            self.net._ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
-            raise Diverged(
-                f"step {bad}: the {'cost' if where else 'gradient'} is not finite{where}; "
-                f"the last good weights are kept ({ADVICE})"
-            )
+    def _refuse_divergence(self, feed: Feed) -> None:
+        """Raise Diverged if a step's cost or gradient norm was not finite; nothing has been updated since then."""
+        ops = self.net._ops
+        bad = int(ops.read_state(self._state, Slot.BAD_ROUND))
+        if not bad:
+            return
+        ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
+        found = feed.again(self.rounds - bad)
+        if found is None:
+            what = "the cost or the gradient is not finite"
+        else:
+            where = self._where_not_finite(feed, *found, bad - 1)
+            what = f"the {'cost' if where else 'gradient'} is not finite{where}"
+        raise Diverged(f"step {bad}: {what}; the last good weights are kept ({ADVICE})")
 
     def _refuse_bad_weights(self) -> None:
         """Raise Diverged if a gradient that nothing measured took weights out of the finite numbers."""
@@ -289,14 +392,25 @@ class Trainer:
             if not all(checks.all_finite(net._ops.to_host(part)) for part in (W, b)):
                 raise Diverged(f"the weights of layer {l} are not finite ({ADVICE})")
 
-    def _where_not_finite(self) -> str:
-        """Which layer's values left the finite numbers first in the last forward pass."""
-        if math.isfinite(self.net._ops.read_state(self._state, Slot.COST)):
-            return ""
-        for l, h in enumerate(self._work.h[1:] if self._work else ()):
-            if h is not None and not np.isfinite(self.net._ops.to_host(h).astype(np.float64)).all():
-                return f", first in layer {l}"
-        return ", first in the loss"
+    def _where_not_finite(self, feed: Feed, cursor: int, rows: int, round: int, work: Workspace | None = None) -> str:
+        """Which layer's values leave the finite numbers first on a minibatch, worked through once more."""
+        net, ops, state = self.net, self.net._ops, self._state
+        ops.begin_step(0.0, round, cursor, state)
+        x, y, w = feed.fetch(rows, state)
+        ops.total_weight(self.loss, y, w, state)
+        work = work or self._workspace(rows)
+        for start in range(0, rows, work.rows):
+            part = work.first(min(work.rows, rows - start))
+            part.h[0] = net._input(x[start : start + part.rows])
+            net._forward(part, net.fuses(self.loss), self._dropout(start), state)
+            for l, h in enumerate(part.h[1:]):
+                if not ops.all_finite(h):
+                    return f", first in layer {l}"
+            chosen = slice(start, start + part.rows)
+            net._add_loss(part, self.loss, y[chosen], None if w is None else w[chosen], state)
+        if self.regularizer is not None:
+            ops.penalty(net._theta, self._penalised, self.regularizer, state)
+        return "" if math.isfinite(ops.read_state(state, Slot.COST)) else ", first in the loss"
 
 
 class _Run:
@@ -317,10 +431,8 @@ class _Run:
         self.trainer, self.net = trainer, trainer.net
         self.epochs = checks.integer("epochs", epochs, 1)
         self.x, self.y, self.w = self._check("data", dataset)
-        self.validation = self._check_validation(validation)
+        self.validation = self._on_device(self._check_validation(validation))
         self.n = len(self.x)
-        if self.net._ops.waits:
-            self.x = self.net._ops.to_device(self.x)  # the whole data set lives on the device
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         full_batch = isinstance(trainer.optimizer, LBFGS)
         self.rows = self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // trainer.accumulate)
@@ -338,12 +450,12 @@ class _Run:
 
     # --- what is trained on ---
 
-    def _check(self, argument: str, dataset: Any) -> tuple[NDArray[Any], Array, Array | None]:
+    def _check(self, argument: str, dataset: Any) -> Parts:
         if not isinstance(dataset, (tuple, list)) or len(dataset) not in (2, 3):
             raise TypeError(f"{argument}: expected (x, y) or (x, y, sample_weight), got {type(dataset).__name__}")
         x, y, *w = dataset
         try:
-            x, y, weight, _ = self.net._check_batch(x, y, w[0] if w else None, self.trainer.loss)
+            x, y, weight, _ = self.net._check_host(x, y, w[0] if w else None, self.trainer.loss)
         except (TypeError, ValueError) as error:
             if argument == "data":
                 raise
@@ -352,17 +464,29 @@ class _Run:
             raise ValueError(f"{argument}: no rows")
         return x, y, weight
 
-    def _check_validation(self, validation: Any) -> tuple[NDArray[Any], Array, Array | None] | None:
+    def _check_validation(self, validation: Any) -> Parts | None:
         if validation is None or isinstance(validation, (tuple, list)):
             return None if validation is None else self._check("validation", validation)
         fraction = checks.real("validation", validation, 0, 1, open_minimum=True, open_maximum=True)
         if len(self.x) < 2:
             raise ValueError(f"validation: {len(self.x)} rows cannot be split")
-        stratify = self.y if self.y.ndim == 1 else None
+        ops, parts = self.net._ops, (self.x, self.y, self.w)
+        stratify = ops.to_host(self.y) if self.y.ndim == 1 else None
         kept, held = data.split(len(self.x), fraction, self.trainer.seed, stratify)
-        part = self.x[held], self.y[held], None if self.w is None else self.w[held]
-        self.x, self.y, self.w = self.x[kept], self.y[kept], None if self.w is None else self.w[kept]
-        return part
+
+        def taken(rows: NDArray[np.int64]) -> Parts:
+            chosen = (None if a is None else a[ops.to_device(rows) if ops.owns(a) else rows] for a in parts)
+            return cast(Parts, tuple(chosen))
+
+        self.x, self.y, self.w = taken(kept)
+        return taken(held)
+
+    def _on_device(self, validation: Parts | None) -> Parts | None:
+        """The validation part with its targets on the device; x goes there piece by piece."""
+        if validation is None:
+            return None
+        (x, y, w), ops = validation, self.net._ops
+        return x, ops.to_device(y), None if w is None else ops.to_device(w)
 
     def _monitor(self) -> str:
         columns = ["cost"]
@@ -380,24 +504,24 @@ class _Run:
         trainer, ops = self.trainer, self.net._ops
         steps = -(-self.n // self.batch_size)
         schedule = trainer.schedule.over(trainer.rounds + steps * self.epochs, trainer.epoch + self.epochs)
-        work = trainer._workspace(self.batch_size)
-        batch = self._batch_buffers()
+        trainer._workspace(self.batch_size)
+        feed = self._feed()
         self.net._refresh()
         for _ in range(self.epochs):
             started = time.perf_counter()
             trainer.epoch += 1
             ops.write_state(trainer._state, {Slot.EPOCH_COST: 0.0})
-            for rows in self._minibatches():
-                trainer._step(*self._gather(rows, batch), schedule, work)
-                progress.advance(rows.stop - rows.start if isinstance(rows, slice) else len(rows))
-                if not ops.waits:
-                    self._refuse_divergence()
+            for cursor, rows in feed.epoch(self._order()):
+                trainer._step(feed, rows, cursor, schedule)
+                progress.advance(rows)
+                if not ops.waits or trainer.rounds % LOOK_EVERY == 0:
+                    self._refuse_divergence(feed)
                 if interrupted.is_set():
                     break
             if interrupted.is_set():
                 self._finish("interrupted")
                 return
-            self._refuse_divergence()
+            self._refuse_divergence(feed)
             self._refuse_bad_weights()
             cost = ops.read_state(trainer._state, Slot.EPOCH_COST) / self.n
             rate = ops.read_state(trainer._state, Slot.LEARNING_RATE)
@@ -407,30 +531,24 @@ class _Run:
                 return
         self._finish("completed")
 
-    def _minibatches(self) -> Iterator[Any]:
-        order = data.epoch_order(self.n, self.trainer.seed, self.trainer.epoch - 1) if self.shuffle else None
-        for rows in data.minibatches(self.n, self.batch_size, order):
-            yield rows if isinstance(rows, slice) else self.net._ops.to_device(rows)
+    def _order(self) -> NDArray[np.int64] | None:
+        """The order of the rows in the epoch at hand; None: as they are stored."""
+        return data.epoch_order(self.n, self.trainer.seed, self.trainer.epoch - 1) if self.shuffle else None
 
-    def _batch_buffers(self) -> tuple[Array, Array, Array | None]:
-        ops, storage = self.net._ops, self.net._precision.storage_dtype
-        x = ops.empty((self.batch_size, self.x.shape[1]), storage)
-        y = ops.empty((self.batch_size, *self.y.shape[1:]), self.y.dtype)
-        return x, y, None if self.w is None else ops.empty(self.batch_size, self.w.dtype)
-
-    def _gather(self, rows: Any, batch: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
-        """The rows of one minibatch, in the batch buffers."""
+    def _feed(self) -> Resident | Streamed:
+        """The data set on the device, or where it does not fit there a stream of it."""
         ops = self.net._ops
-        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        x, y, w = (buffer if buffer is None else buffer[:n] for buffer in batch)
-        for source, out in ((self.x, x), (self.y, y), (self.w, w)):
-            if source is None or out is None:
-                continue
-            if isinstance(rows, slice):
-                ops.copy(source[rows], out)
-            else:
-                ops.gather(source, rows, out)
-        return x, y, w
+        parts = self.x, self.y, self.w
+        free = ops.free_bytes()
+        host_bytes = sum(part.nbytes for part in parts if part is not None and not ops.owns(part))
+        if free is None or host_bytes == 0 or host_bytes + SPARE_BYTES <= free:
+            try:
+                moved = (part if part is None or not ops.waits else ops.to_device(part) for part in parts)
+                return Resident(ops, *cast(Parts, tuple(moved)), self.batch_size)
+            except ops.out_of_memory:
+                pass  # what is free need not be in one piece
+        moved_back = (None if part is None else ops.to_host(part) for part in parts)
+        return Streamed(ops, *cast(Parts, tuple(moved_back)), self.batch_size)
 
     # --- L-BFGS ---
 
@@ -440,6 +558,7 @@ class _Run:
 
         trainer, net = self.trainer, self.net
         rule = cast(LBFGS, trainer.optimizer)
+        self.x, self.y, self.w = self._whole()
         started, reason = time.perf_counter(), ""
 
         def objective(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -447,7 +566,9 @@ class _Run:
             cost = self._full_gradient()
             progress.advance(self.n)
             if not math.isfinite(cost):
-                where = trainer._where_not_finite()
+                whole = Single(net._ops, self.x, self.y, self.w, False)
+                work = trainer._workspace(net._chunk_rows(self.n))
+                where = trainer._where_not_finite(whole, 0, self.n, trainer.rounds, work)
                 self._recall(self._good)
                 self.history.stopped = "diverged"
                 raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", self.history)
@@ -476,6 +597,16 @@ class _Run:
         result = minimize(objective, start, jac=True, method="L-BFGS-B", callback=end_iteration, options=options)
         self._recall(result.x)
         self._finish(reason or ("converged" if result.success else "completed"))
+
+    def _whole(self) -> Parts:
+        """The data set as every iteration takes it: on the device, but for an x that does not fit there."""
+        ops = self.net._ops
+        if ops.waits:
+            say_once("L-BFGS reads J after every pass, so its steps are not recorded as a CUDA graph")
+        y, w = ops.to_device(self.y), None if self.w is None else ops.to_device(self.w)
+        free = ops.free_bytes()
+        fits = free is not None and self.x.nbytes + SPARE_BYTES <= free
+        return ops.to_device(self.x) if fits and not ops.owns(self.x) else self.x, y, w
 
     def _full_gradient(self) -> float:
         """J over the whole data set; its gradient, λ∇Ω included, in the trainer's gradient."""
@@ -536,9 +667,16 @@ class _Run:
             self._recall(self._best)
             self.history.restored_best = True
 
-    def _refuse_divergence(self) -> None:
+    def rescued(self, error: DeviceError) -> DeviceLost:
+        """Save what a failed device cannot take away: the weights of the last whole epoch, now on the CPU."""
+        self.net._move_to_host(self._good)
+        self.history.stopped = "device lost"
+        kept = "the network is on the CPU now, with the weights of the last whole epoch"
+        return DeviceLost(f"epoch {self.trainer.epoch}: {error}; {kept}", self.history)
+
+    def _refuse_divergence(self, feed: Feed) -> None:
         try:
-            self.trainer._refuse_divergence()
+            self.trainer._refuse_divergence(feed)
         except Diverged as error:
             self._recall(self._good)
             self.history.stopped = "diverged"

@@ -13,12 +13,6 @@ penalty(const S* __restrict__ theta, Index n, double l1, double l2, double* part
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// g += l1 sign(theta) + l2 theta.
-extern "C" __global__ void __launch_bounds__(THREADS)
-penalty_gradient(const S* __restrict__ theta, Index n, S l1, S l2, S* g) {
-    for (Index i = flat_first(); i < n; i += flat_stride()) g[i] += l1 * sign(theta[i]) + l2 * theta[i];
-}
-
 // partial[block] = the block's part of sum((g_i / LOSS_SCALE + penalty gradient of the first `covered`)^2).
 extern "C" __global__ void __launch_bounds__(THREADS)
 square_norm(const S* __restrict__ theta, const S* __restrict__ g, Index n, Index covered, S l1, S l2, double* partial,
@@ -51,18 +45,31 @@ finish_sum(const double* __restrict__ partial, Index count, int finish, double* 
     if (finish == SET_TOTAL_WEIGHT) state[TOTAL_WEIGHT] = sum;
 }
 
-// partial[block] = the block's part of the sum of the rows' weights; `labels` and `class_weight` go together.
+// partial[block] = the block's part of the sum of the rows' weights; `labels` and `class_weight`, (classes,), go together.
+// A label that is no class weighs nothing.
 extern "C" __global__ void __launch_bounds__(THREADS)
 total_weight(const double* __restrict__ weight, const Index* __restrict__ labels, const S* __restrict__ class_weight,
-             Index rows, double* partial) {
+             Index rows, Index classes, double* partial) {
     __shared__ double shared[32];
     double sum = 0;
     for (Index i = flat_first(); i < rows; i += flat_stride()) {
         double w = weight ? weight[i] : 1;
-        sum += class_weight ? w * double(class_weight[labels[i]]) : w;
+        if (class_weight) w *= labels[i] >= 0 && labels[i] < classes ? double(class_weight[labels[i]]) : 0;
+        sum += w;
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// state[slot] = value. One thread.
+extern "C" __global__ void set_state(int slot, double value, double* state) { state[slot] = value; }
+
+// What changes from step to step, before one; see begin_step in ops/interface.py. One thread.
+extern "C" __global__ void begin_step(double learning_rate, double round, double cursor, double* state) {
+    state[LEARNING_RATE] = learning_rate;
+    state[ROUND] = round;
+    state[CURSOR] = cursor;
+    state[COST] = state[GRADIENT_NORM] = 0;
 }
 
 // Count the step; see finish_step in ops/interface.py. One thread.

@@ -87,5 +87,11 @@ __device__ __forceinline__ S sign(S x) { return S(x > S(0)) - S(x < S(0)); }
 
 // The state of ops/interface.py, an array of doubles: what stands where.
 enum Slot {
-    LEARNING_RATE, STEP, ROUND, LOSS_SCALE, GOOD_STEPS, TOTAL_WEIGHT, COST, GRADIENT_NORM, EPOCH_COST, SKIPPED, BAD_ROUND
+    LEARNING_RATE, STEP, ROUND, LOSS_SCALE, GOOD_STEPS, TOTAL_WEIGHT, COST, GRADIENT_NORM, EPOCH_COST, SKIPPED, BAD_ROUND,
+    CURSOR
 };
+
+// Whether a step's gradient may be applied: nothing was out of the finite numbers, in this step or before it.
+__device__ __forceinline__ bool applies(const double* state) {
+    return isfinite(state[COST]) && isfinite(state[GRADIENT_NORM]) && state[BAD_ROUND] == 0;
+}

@@ -1049,8 +1049,32 @@ def test_info_says_what_the_machine_computes_with(cli):
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in cli.done("info").splitlines())
     assert facts["numpy"] == np.__version__
     assert facts["Python"].startswith(sys.version.split()[0])
-    for name in ("gpu_mlp", "scipy", "safetensors", "BLAS", "processors", "NVIDIA GPU", "devices"):
+    for name in ("gpu_mlp", "scipy", "safetensors", "BLAS", "processors", "NVIDIA driver", "device='cuda'"):
         assert facts[name].strip(), name
+    assert facts["device='auto'"] in ("means cpu", "means cuda")
+
+
+def test_info_plans_the_memory_of_a_step(cli):
+    options = ("--batch-size", 8192, "--precision", "bfloat16", "--optimizer", "adamw", "--activation", "gelu")
+    lines = cli.done("info", "--plan", "784,4096,10", *options).splitlines()
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+    assert facts["a step of"] == "8192 rows, 784 → 4096 → 10, bfloat16, adamw"
+    assert (facts["h"], facts["z"]) == ("64.2 MiB", "64.0 MiB")
+    parts = {"θ", "θ in bfloat16", "gradient", "moments", "minibatch", "h", "z", "gz", "scratch"}
+    assert set(facts) == {"a step of", "in all", *parts}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("784,x",), "plan: expected widths such as 784,4096,10, got '784,x'"),
+        (("784",), "plan: expected at least an input and an output width, all positive, got '784'"),
+        (("784,10", "--optimizer", "addam"), "optimizer: unknown name 'addam'; did you mean 'adam'?"),
+        (("784,10", "--batch-size", "0"), "batch_size: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_refused(cli, arguments, message):
+    assert message in cli.refused("info", "--plan", *arguments)
 
 
 def test_info_of_a_regression_names_its_inputs_and_no_classes(in_shop):
@@ -1068,7 +1092,7 @@ def test_check_as_a_command_of_its_own(cli, monkeypatch):
         monkeypatch.setattr(selfcheck, table, {name: getattr(selfcheck, table)[name] for name in names})
     monkeypatch.setattr(selfcheck, "PRECISIONS", ("float64", "float32"))
     out = cli.done("check")
-    assert out.splitlines()[-1] == "7 of 7 checks passed"
+    assert out.splitlines()[-1] == "8 of 8 checks passed"
     assert _snapshot() == {}
     assert cli.done("check", "--seed", 3) != out
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_mlp import data, readers
-from gpu_mlp.data import epoch_order, load, load_digits, load_fashion_mnist, minibatches, split, take
+from gpu_mlp.data import epoch_order, load, load_digits, load_fashion_mnist, split, take
 from gpu_mlp.readers import RawData
 
 QUICK = settings(max_examples=60, deadline=None, database=None)
@@ -260,7 +260,7 @@ def test_split_refusals(arguments, error, message):
         split(*arguments)
 
 
-# --- minibatches -----------------------------------------------------------------------------------------------------
+# --- orders ----------------------------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -283,34 +283,14 @@ def test_epoch_order_is_the_documented_stream():
     assert data.EPOCH_STREAM != data.SPLIT_STREAM
 
 
-@QUICK
-@given(st.integers(0, 100), st.integers(1, 120))
-def test_minibatches_cover_every_row_once_in_order(n, batch_size):
-    rows, order = np.arange(n), epoch_order(n, 0, 0)
-    plain, ordered = list(minibatches(n, batch_size)), list(minibatches(n, batch_size, order))
-    assert [row for batch in plain for row in rows[batch].tolist()] == rows.tolist()
-    assert [row for batch in ordered for row in rows[batch].tolist()] == order.tolist()
-    assert len(plain) == len(ordered) == -(-n // batch_size)
-    assert all(len(batch) == batch_size for batch in ordered[:-1])
-
-
-def test_minibatches_copy_nothing():
-    x, order = np.zeros((10, 2)), epoch_order(10, 0, 0)
-    assert all(np.shares_memory(x[batch], x) for batch in minibatches(10, 4))
-    assert all(np.shares_memory(batch, order) for batch in minibatches(10, 4, order))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: minibatches(10, 0), "batch_size: expected an integer of at least 1, got 0"),
-        (lambda: minibatches(-1, 1), "n: expected an integer of at least 0, got -1"),
-        (lambda: minibatches(10, 4, np.arange(9)), r"order: expected \(10,\) indices, got shape \(9,\)"),
         (lambda: epoch_order(-1, 0, 0), "n: expected an integer of at least 0"),
         (lambda: epoch_order(5, -1, 0), "seed: expected an integer of at least 0"),
         (lambda: epoch_order(5, 0, -1), "epoch: expected an integer of at least 0"),
     ],
 )
-def test_minibatch_refusals_come_at_the_call(call, message):
+def test_epoch_order_refusals_come_at_the_call(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -22,15 +22,17 @@ HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pa
 # may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
-    "history", "metrics", "progress", "checkpoint", "ops.philox",
+    "history", "metrics", "progress", "checkpoint", "notices", "ops.philox",
 }  # fmt: skip
 ROWS = [
     LEAVES,
-    {"readers", "preprocessing", "ops.interface", "ops.launch", "ops.sharing"},
-    {"data", "ops.gemm"},
-    {"ops.numpy_ops", "ops.cuda_ops"},
-    {"ops"},
-    {"workspace"},
+    {"readers", "preprocessing", "ops.interface", "ops.sharing"},
+    {"data", "ops.launch", "ops.staging"},
+    {"ops.gemm"},
+    {"ops.graphs"},
+    {"ops.numpy_ops", "ops.cuda_ops", "ops.device"},
+    {"ops", "ops.cuda"},
+    {"workspace", "feeding", "planning"},
     {"network"},
     {"training", "gradcheck"},
 ]
@@ -41,7 +43,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "ops.philox": set(),
     "checks": set(),
 }
-CUPY = {"ops.cuda_ops", "ops.gemm", "ops.launch"}
+CUPY = {"ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
 CLI = {"cli", "__main__"}
 
 

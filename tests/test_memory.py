@@ -14,7 +14,8 @@ import helpers  # noqa: F401  (one BLAS thread)
 import numpy as np
 import pytest
 
-from gpu_mlp import L2, LBFGS, MLP, SGD, Adam, ElasticNet, Trainer, activations, data, losses, optimizers, progress
+from gpu_mlp import L2, LBFGS, MLP, SGD, Adam, ElasticNet, Trainer, activations, losses, optimizers, progress
+from gpu_mlp.feeding import Resident
 from gpu_mlp.ops.numpy_ops import BLOCK
 
 # Every hidden batch × width and θ are several times the blocks that elementwise passes work through.
@@ -40,7 +41,7 @@ def smallest_array(sizes, batch, dtype=np.float32):
 def hardly_more(sizes, batch, dtype=np.float32):
     """Bytes of the smallest of all these and batch × outputs: what fits is a few numbers a sample, and no matrix.
 
-    And 1 KiB for Python's own objects; a matrix would come on top of what a step needs anyway.
+    And 1 KiB for the small objects that Python itself makes.
     """
     return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize) + 1024
 
@@ -318,14 +319,14 @@ def test_a_step_that_copies_would_be_caught(monkeypatch, operation, case):
 
 def test_a_run_that_copies_would_be_caught(monkeypatch):
     trainer = trainer_of(LARGE["sizes"])
-    honest = data.minibatches
+    honest = Resident.epoch
 
-    def copying(n, batch_size, order=None):
-        for rows in honest(n, batch_size, order):
-            np.ones((batch_size, 256), np.float32)
-            yield rows
+    def copying(feed, order):
+        for piece in honest(feed, order):
+            np.ones((LARGE["batch"], 256), np.float32)
+            yield piece
 
-    monkeypatch.setattr(data, "minibatches", copying)
+    monkeypatch.setattr(Resident, "epoch", copying)
     x, y = rows_of(LARGE, 3 * LARGE["batch"])
     assert max(fit_watch(monkeypatch, trainer, (x, y), LARGE["batch"]).peaks) >= smallest_array(**LARGE)
 

@@ -292,20 +292,30 @@ def test_a_target_too_large_for_the_precision_is_refused():
 # --- order, validation, history ----------------------------------------------------------------------------------
 
 
+def watch_minibatches(monkeypatch, trainer, see):
+    """Have ``see(x, y, w)`` called with every minibatch of a run, just before its step."""
+    honest = trainer._step
+
+    def step(feed, rows, cursor, schedule):
+        trainer.net._ops.begin_step(0.0, trainer.rounds, cursor, trainer._state)
+        see(*feed.fetch(rows, trainer._state))
+        honest(feed, rows, cursor, schedule)
+
+    monkeypatch.setattr(trainer, "_step", step)
+
+
 def seen_rows(net, n, epochs, monkeypatch, **options):
     """The row numbers of every minibatch of a run; x is the row number itself."""
     seen = []
     x = np.arange(n, dtype=np.float64)[:, None]
     trainer = Trainer(net, optimizer=SGD(lr=0.0), **options)
-    honest = trainer._step
 
-    def spy(x, y, w, *rest):
+    def see(x, y, w):
         seen.append(x[:, 0].astype(int).tolist())
         assert y[:, 0].astype(int).tolist() == [2 * i for i in seen[-1]], "x and y must stay together"
         assert w.tolist() == [3.0 * i + 1 for i in seen[-1]], "and so must the weights"
-        honest(x, y, w, *rest)
 
-    monkeypatch.setattr(trainer, "_step", spy)
+    watch_minibatches(monkeypatch, trainer, see)
     fit(trainer, (x, 2 * x, 3 * x[:, 0] + 1), epochs, batch_size=7)
     return seen
 
@@ -327,8 +337,7 @@ def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch(monkeypatch):
 def test_without_shuffling_the_rows_come_in_order(monkeypatch):
     seen = []
     trainer = Trainer(MLP([1, 1], precision="float64"), optimizer=SGD(lr=0.0))
-    honest = trainer._step
-    monkeypatch.setattr(trainer, "_step", lambda x, *rest: (seen.extend(x[:, 0].tolist()), honest(x, *rest)))
+    watch_minibatches(monkeypatch, trainer, lambda x, y, w: seen.extend(x[:, 0].tolist()))
     x = np.arange(10.0)[:, None]
     fit(trainer, (x, x), epochs=2, batch_size=4, shuffle=False)
     assert seen == [*range(10), *range(10)]
@@ -354,8 +363,7 @@ def test_validation_by_fraction_holds_out_that_share_of_every_class(monkeypatch)
     monkeypatch.setattr(Trainer, "_evaluate", spy)
     used = []
     trainer = Trainer(classifier(), optimizer=SGD(lr=0.0))
-    honest = trainer._step
-    monkeypatch.setattr(trainer, "_step", lambda bx, *rest: (used.append(bx.copy()), honest(bx, *rest)))
+    watch_minibatches(monkeypatch, trainer, lambda bx, by, bw: used.append(bx.copy()))
     weights = x[:, 0] ** 2
     fit(trainer, (x, y, weights), epochs=1, validation=0.2, metrics=[])
     assert np.bincount(held["y"]).tolist() == [14, 4, 2]

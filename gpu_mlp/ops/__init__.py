@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 from .. import checks
 from ..precision import Precision
 from .interface import Operations
 
 DEVICES = ("auto", "cpu", "cuda")
+_LOG = logging.getLogger("gpu_mlp")
 
 
 def make(device: str, precision: Precision) -> Operations:
-    """The operations of ``device`` at ``precision``.
+    """The operations of ``device`` at ``precision``; "auto" means the GPU where one is usable.
 
-    "auto" means the CPU as long as the CUDA implementation has been run in emulation only.
+    Why it is not is logged, and raised as a ValueError for "cuda".
     """
-    if checks.choice("device", device, DEVICES) == "cuda":
-        obstacle = cuda_obstacle()
-        if obstacle:
-            raise ValueError(f"device: 'cuda' cannot be used: {obstacle}")
+    obstacle = cuda_obstacle() if checks.choice("device", device, DEVICES) != "cpu" else "the CPU was asked for"
+    if obstacle and device == "cuda":
+        raise ValueError(f"device: 'cuda' cannot be used: {obstacle}")
+    if not obstacle:
         from .cuda_ops import CudaOperations
 
         return CudaOperations(precision)
     from .numpy_ops import NumpyOperations
 
+    if device == "auto":
+        _LOG.info("device: cpu (%s)", obstacle)
     return NumpyOperations(precision)
 
 
@@ -32,10 +36,9 @@ def cuda_obstacle() -> str:
     """Why no GPU can be used, with what to do about it; an empty string where one can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed (pip install 'gpu-mlp[cuda12]')"
-    from .launch import device_count
-
     try:
-        count = device_count()
-    except Exception as error:  # CuPy's own error types differ by what is missing: driver, device, library
-        return f"CuPy finds no usable driver ({' '.join(str(error).split())}); install or update the NVIDIA driver"
-    return "" if count else "the driver finds no device"
+        from .device import obstacle
+
+        return obstacle()
+    except Exception as error:  # CuPy itself does not load: a wheel for another CUDA, a library that is missing
+        return f"CuPy does not load ({' '.join(str(error).split())[:200]}); see gpu-mlp info"

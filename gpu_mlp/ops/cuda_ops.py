@@ -7,6 +7,7 @@ they are first needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from .. import checks
 from .. import precision as precision_table
 from ..activations import IDENTITY, Activation
 from ..losses import NLL, CrossEntropy, Hinge, Huber, Loss
@@ -22,12 +24,15 @@ from ..precision import Precision
 from ..regularizers import ElasticNet
 from . import launch, philox
 from .gemm import GEMM
-from .interface import ALIGNMENT, CLIP_EPS, Array, Dropout, Layout, Operations, Slot
+from .graphs import GraphRecorder
+from .interface import ALIGNMENT, CLIP_EPS, Array, Dropout, Layout, Operations, Recorder, Slot, Staging
 from .launch import Macros, kernel
+from .staging import PinnedStaging
 
 _ADD_TO_COST, _SET_NORM, _SET_TOTAL_WEIGHT = (np.int32(i) for i in range(3))  # enum Finish of kernels/flat.cu
 _PREPARED = 8  # numbers that prepare_update leaves: applied, unscale, clip, and the rule's coefficients
 _READS = {"none": 0, "h": 1, "z": 2}
+_DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _CATEGORICAL = (CrossEntropy, NLL)
 _PLAIN: Macros = (("DF", "df_identity"), ("READS", "0"), ("DROPOUT", "0"), ("HAS_SUMS", "0"))
 
@@ -37,6 +42,7 @@ class CudaOperations(Operations):
 
     device = "cuda"
     waits = True
+    out_of_memory = cupy.cuda.memory.OutOfMemoryError
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
@@ -55,20 +61,55 @@ class CudaOperations(Operations):
         return cupy.zeros(shape, dtype)
 
     def to_device(self, array: Any, dtype: Any = None) -> Array:
-        return cupy.ascontiguousarray(cupy.asarray(array, dtype))
+        try:
+            if self.owns(array) and not hasattr(array, "__cuda_array_interface__"):
+                array = cupy.from_dlpack(array)
+            return cupy.ascontiguousarray(cupy.asarray(array, dtype))
+        except Exception as error:
+            raise launch.device_error(error, "copy to the device", (array,)) from error
+
+    def owns(self, array: Any) -> bool:
+        if hasattr(array, "__cuda_array_interface__"):
+            return True
+        return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _DLPACK_CUDA
 
     def to_host(self, array: Array) -> Any:
-        return cupy.asnumpy(array)
+        try:
+            return cupy.asnumpy(array)
+        except Exception as error:
+            raise launch.device_error(error, "copy to the host", (array,)) from error
 
     def copy(self, source: Array, out: Array) -> None:
-        out[...] = source
+        if isinstance(source, np.ndarray) and source.shape == out.shape and not isinstance(source, cupy.ndarray):
+            out.set(np.ascontiguousarray(source, out.dtype))
+        elif source.flags.c_contiguous and out.flags.c_contiguous:
+            self.gather(source.reshape(1, -1), None, out.reshape(1, -1))
+        else:
+            out[...] = source
+
+    def all_finite(self, array: Array, dtype: Any = None) -> bool:
+        dtype = np.dtype(array.dtype if dtype is None else dtype)
+        if array.dtype.itemsize == 2 and array.dtype.kind not in "iu":
+            array = array.astype(np.float32)
+        limit = checks.LARGEST.get(dtype.name, np.inf if array.dtype.kind in "iub" else np.finfo(np.float64).max)
+        return not array.size or bool((cupy.abs(array) <= limit).all())  # a NaN is not; nor infinity
+
+    def free_bytes(self) -> int | None:
+        pool = cupy.get_default_memory_pool()
+        return int(cupy.cuda.Device().mem_info[0]) + pool.total_bytes() - pool.used_bytes()
+
+    def recorder(self, wanted: bool | None = None) -> Recorder:
+        return GraphRecorder(lambda: list(self._scratch.values()), wanted)
+
+    def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
+        return PinnedStaging(shape, dtype)
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
         for slot, value in values.items():
-            state[slot : slot + 1] = value
+            self._launch("flat.cu", "set_state", 1, (), launch.ONE_THREAD, np.int32(slot), np.float64(value), state)
 
     def read_state(self, state: Array, slot: Slot) -> float:
-        return float(state[slot])
+        return float(self.to_host(state[slot : slot + 1])[0])
 
     def snapshot_state(self, state: Array, slot: Slot) -> Any:
         return state[slot].copy()
@@ -76,27 +117,26 @@ class CudaOperations(Operations):
     def tuned_for(self, flop: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def gather(self, source: Array, rows: Array, out: Array) -> None:
-        columns = 1 if source.ndim == 1 else source.shape[1]
+    def gather(
+        self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
+    ) -> None:
+        columns = math.prod(source.shape[1:])
         vec = launch.vector_length(columns, source, out)
         names = [_c_type(array.dtype.name, self._storage) for array in (source, out)]
-        macros: Macros = (
-            ("FROM", names[0]),
-            ("TO", names[1]),
-            ("SAME", str(int(names[0] == names[1]))),
-            ("NARROW", str(int(names[1] == "T"))),
-        )
+        macros = launch.gather_macros(*names)
         self._launch(
             "gather.cu",
             "gather",
             vec,
             macros,
-            launch.tile(len(rows), columns, vec),
+            launch.tile(len(out), columns, vec),
             source,
             rows,
             out,
-            np.int64(len(rows)),
+            np.int64(len(out)),
             np.int64(columns),
+            self._master.type(scale),
+            state,
         )
 
     # --- forward ---
@@ -127,8 +167,19 @@ class CudaOperations(Operations):
         geometry = launch.flat(len(y))
         partial = self._buffer("partial_cost", max(1, geometry[0][0]), np.float64)
         labels = y if class_weight is not None else None
+        classes = np.int64(0 if class_weight is None else class_weight.size)
         self._launch(
-            "flat.cu", "total_weight", 1, (), geometry, sample_weight, labels, class_weight, np.int64(len(y)), partial
+            "flat.cu",
+            "total_weight",
+            1,
+            (),
+            geometry,
+            sample_weight,
+            labels,
+            class_weight,
+            np.int64(len(y)),
+            classes,
+            partial,
         )
         self._finish(partial, geometry[0][0], _SET_TOTAL_WEIGHT, state)
 
@@ -194,6 +245,30 @@ class CudaOperations(Operations):
         shadow: Array | None,
         state: Array,
     ) -> None:
+        if regularizer is not None and regularizer.l1:  # a sign is no multiple of W
+            self._descend_in_two(W, gz, h_in, optimizer, regularizer, shadow, state)
+            return
+        decay = optimizer.weight_decay + (0.0 if regularizer is None else regularizer.l2)
+        factors = self._buffer("factors", 2, self._gemm.scalar)
+        macros = (*launch.rule_macros(optimizer), ("HAS_SHADOW", "0"))
+        self._launch("update.cu", "prepare_descent", 1, macros, launch.ONE_THREAD, np.float64(decay), factors, state)
+        geometry = launch.flat(max(gz.size, h_in.size))
+        counts = np.int64(gz.size), np.int64(h_in.size)
+        self._launch("update.cu", "disarm", 1, macros, geometry, gz, counts[0], h_in, counts[1], state)
+        self._gemm(gz, h_in, W, transpose_a=True, factors=factors)
+        if shadow is not None:
+            self.copy(W, shadow)
+
+    def _descend_in_two(
+        self,
+        W: Array,
+        gz: Array,
+        h_in: Array,
+        optimizer: SGD,
+        regularizer: ElasticNet,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
         gW = self._buffer("gW", W.size, W.dtype).reshape(W.shape)
         self._gemm(gz, h_in, gW, transpose_a=True)
         flat = None if shadow is None else shadow.reshape(-1)
@@ -219,9 +294,8 @@ class CudaOperations(Operations):
         self._finish(partial, geometry[0][0], _ADD_TO_COST, state)
 
     def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
-        self._launch(
-            "flat.cu", "penalty_gradient", 1, (), launch.flat(n), theta, np.int64(n), *self._lambdas(regularizer), g
-        )
+        add = launch.elementwise("X theta, X l1, X l2", "X g", "g += l1 * sign(theta) + l2 * theta", self._master.name)
+        add(theta[:n], *self._lambdas(regularizer), g[:n])
 
     def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
         geometry = launch.flat(theta.size)
@@ -274,6 +348,10 @@ class CudaOperations(Operations):
         )
         self._update_matrices(theta, g, moments[0], optimizer, layout, regularizer, shadow, state)
 
+    def begin_step(self, learning_rate: float, round: int, cursor: int, state: Array) -> None:
+        values = [np.float64(number) for number in (learning_rate, round, cursor)]
+        self._launch("flat.cu", "begin_step", 1, (), launch.ONE_THREAD, *values, state)
+
     def finish_step(self, rows: int, state: Array) -> None:
         self._launch(
             "flat.cu",
@@ -304,6 +382,10 @@ class CudaOperations(Operations):
     ) -> None:
         rows, n = h.shape
         has_bias = ("HAS_BIAS", str(int(b is not None)))
+        if f.rowwise and keeps_z:  # no f′ reads that z, so that no kernel is made for it
+            self._activate(IDENTITY, product, b, product, False, None, state)
+            self._activate(f, product, None, h, False, None, state)
+            return
         if f.rowwise:
             macros: Macros = (("LOGARITHM", str(int(f.name == "log_softmax"))), has_bias)
             self._launch(
@@ -440,7 +522,7 @@ class CudaOperations(Operations):
             *self._target_macros(loss, y),
         )
         if isinstance(loss, Huber):
-            macros = (*macros, ("HUBER_DELTA", repr(loss.delta)))
+            macros = (*macros, ("HUBER_DELTA", launch.literal(loss.delta)))
         self._launch(
             "loss.cu",
             "pointwise_loss",
@@ -495,7 +577,7 @@ class CudaOperations(Operations):
             ("SIGNS", str(int(isinstance(loss, Hinge)))),
             ("CATEGORICAL", str(int(categorical))),
             ("CLASS_WEIGHTS", str(int(self._class_weight(loss) is not None))),
-            ("LABEL_SMOOTHING", repr(float(getattr(loss, "label_smoothing", 0.0)))),
+            ("LABEL_SMOOTHING", launch.literal(getattr(loss, "label_smoothing", 0.0))),
         )
 
     def _class_weight(self, loss: Loss) -> Array | None:
@@ -522,7 +604,7 @@ class CudaOperations(Operations):
         state: Array,
         lr_factor: float = 1.0,
     ) -> None:
-        vec = launch.vector_length(theta.size, theta, g, *moments)
+        vec = launch.vector_length(theta.size, theta, g, shadow, *moments)
         macros = (*launch.rule_macros(optimizer), ("HAS_SHADOW", str(int(shadow is not None))))
         prepared = self._buffer("prepared", _PREPARED, np.float64)
         self._launch(
@@ -641,7 +723,10 @@ class CudaOperations(Operations):
     # --- inside ---
 
     def _launch(self, name: str, function: str, vec: int, macros: Macros, geometry: Any, *arguments: Any) -> None:
-        launch.launch(kernel(name, function, self._storage, vec, macros), geometry, arguments)
+        try:
+            launch.launch(kernel(name, function, self._storage, vec, macros), geometry, arguments)
+        except Exception as error:
+            raise launch.device_error(error, function, arguments) from error
 
     def _finish(self, partial: Array, count: int, finish: np.int32, state: Array) -> None:
         self._launch("flat.cu", "finish_sum", 1, (), launch.ONE_BLOCK, partial, np.int64(count), finish, state)
@@ -681,6 +766,8 @@ def _c_type(dtype: str, storage: str) -> str:
         "uint16": "unsigned short",
         "uint8": "unsigned char",
         "bool": "bool",
+        "float16": "Float16Source",
+        "bfloat16": "BFloat16Source",
     }
     if dtype not in names:
         raise TypeError(

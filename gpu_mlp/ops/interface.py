@@ -10,10 +10,12 @@ from __future__ import annotations
 import abc
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+
+from numpy.typing import NDArray
 
 from ..activations import Activation
 from ..losses import Loss
@@ -40,6 +42,7 @@ class Slot(enum.IntEnum):
     EPOCH_COST = 8  # Σ J · rows over the steps since it was last set to 0
     SKIPPED = 9  # steps skipped since the loss-scaled gradient was not finite
     BAD_ROUND = 10  # the first round whose cost or norm was not finite, counted from 1; 0 while there is none
+    CURSOR = 11  # where in the epoch's order of rows the minibatch begins
 
 
 class Layout:
@@ -90,12 +93,60 @@ class Dropout:
     first_row: int = 0
 
 
+class DeviceError(RuntimeError):
+    """The device refused or failed an operation; the message names it and the arrays it was for."""
+
+
+class Recorder:
+    """Runs work that is the same every time for the same key; an implementation may record it and replay that.
+
+    The work only queues operations on arrays that stay where they are: what changes is in the state.
+    """
+
+    replays = False  # whether work is replayed, so that its arrays have to stay where they are
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Do the work."""
+        work()
+
+    def clear(self) -> None:
+        """Forget every recording, and what it kept alive."""
+
+
+class Staging(abc.ABC):
+    """A buffer on the host and its twin on the device, filled beside the computation.
+
+    In turn: wait until ``host`` is `free`, write to it, `send` it; then `receive` it, queue what reads ``device``, and
+    `release` it.
+    """
+
+    host: NDArray[Any]
+    device: Array
+
+    @abc.abstractmethod
+    def free(self) -> None:
+        """Wait until what was last sent has left ``host``."""
+
+    @abc.abstractmethod
+    def send(self, rows: int) -> None:
+        """Begin to copy the first rows to ``device``, as soon as nothing reads it any more."""
+
+    @abc.abstractmethod
+    def receive(self) -> None:
+        """Let what is queued from now on see what was sent."""
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Nothing that is queued from now on reads ``device`` before it is received again."""
+
+
 class Operations(abc.ABC):
     """The operations of one device at one precision. Shapes: see the book's names in `network.py`."""
 
     device: str
     precision: Precision
     waits: bool  # whether reading the state waits for the device
+    out_of_memory: type[Exception] = MemoryError  # what is raised where an array cannot be allocated
 
     # --- arrays ---
 
@@ -109,7 +160,15 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def to_device(self, array: Any, dtype: Any = None) -> Array:
-        """``array`` on this device and in this dtype, C-order; the array itself where it is that already."""
+        """``array`` on this device and in this dtype, C-order; the array itself where it is that already.
+
+        Takes what NumPy takes, and what is in the device's memory and says so through DLPack or
+        ``__cuda_array_interface__``, which is not copied.
+        """
+
+    @abc.abstractmethod
+    def owns(self, array: Any) -> bool:
+        """Whether ``array`` is in this device's memory already and not NumPy's."""
 
     @abc.abstractmethod
     def to_host(self, array: Array) -> Any:
@@ -117,7 +176,23 @@ class Operations(abc.ABC):
 
     @abc.abstractmethod
     def copy(self, source: Array, out: Array) -> None:
-        """out ← source, cast to out's dtype."""
+        """out ← source, which may be on the host, cast to out's dtype."""
+
+    @abc.abstractmethod
+    def all_finite(self, array: Array, dtype: Any = None) -> bool:
+        """Whether no entry is a NaN, infinite, or too large for ``dtype``. Waits for the device."""
+
+    @abc.abstractmethod
+    def free_bytes(self) -> int | None:
+        """How much memory arrays can still take; None where it is not known."""
+
+    @abc.abstractmethod
+    def recorder(self, wanted: bool | None = None) -> Recorder:
+        """A recorder; with ``wanted`` False one that replays nothing."""
+
+    @abc.abstractmethod
+    def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
+        """A pair of buffers for data that is larger than the device's memory."""
 
     @abc.abstractmethod
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
@@ -136,8 +211,14 @@ class Operations(abc.ABC):
         """A context for passes whose largest GEMM has ``flop`` operations; an implementation may prepare for them."""
 
     @abc.abstractmethod
-    def gather(self, source: Array, rows: Array, out: Array) -> None:
-        """out[i] ← source[rows[i]], cast to out's dtype. source: (n, …); rows: (batch,) int64; out: (batch, …)."""
+    def gather(
+        self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
+    ) -> None:
+        """out[i] ← scale · source[rows[first + i]], cast to out's dtype; without ``rows``, source[first + i].
+
+        source: (n, …); rows: (≥ first + batch,) int64; out: (batch, …). first is CURSOR, or 0 without ``state``. An
+        ``out`` of integers (labels) is not scaled.
+        """
 
     # --- forward ---
 
@@ -231,7 +312,8 @@ class Operations(abc.ABC):
     ) -> None:
         """W ← W − η (gzᵀ h_in + λ∇Ω(W) + weight_decay · W): plain SGD without a stored gradient; shadow ← W.
 
-        ``regularizer`` is the one on this W, or None. Reads LEARNING_RATE. A COST that is not finite leaves W as it is.
+        ``regularizer`` is the one on this W, or None. Reads LEARNING_RATE. A COST that is not finite, or a BAD_ROUND,
+        leaves W as it is; gz and h_in may then hold anything afterwards.
         """
 
     # --- update ---
@@ -265,9 +347,13 @@ class Operations(abc.ABC):
         """One update of all of ``theta``: unscale, add λ∇Ω(θ[:n]), clip by GRADIENT_NORM, apply the rule, shadow ← θ.
 
         theta, g, each moment, shadow: (layout.size,), or for a rule that sees no matrices any part of them. Reads
-        LEARNING_RATE, STEP, LOSS_SCALE, COST and GRADIENT_NORM. A COST or GRADIENT_NORM that is not finite leaves
-        everything as it is, so that the last good θ is kept.
+        LEARNING_RATE, STEP, LOSS_SCALE, COST and GRADIENT_NORM. A COST or GRADIENT_NORM that is not finite, or a
+        BAD_ROUND, leaves everything as it is, so that the last good θ is kept until the host looks.
         """
+
+    @abc.abstractmethod
+    def begin_step(self, learning_rate: float, round: int, cursor: int, state: Array) -> None:
+        """Set LEARNING_RATE, ROUND and CURSOR, and COST and GRADIENT_NORM to 0: all that a step takes from the host."""
 
     @abc.abstractmethod
     def finish_step(self, rows: int, state: Array) -> None:

@@ -8,6 +8,7 @@ CuPy's kernel cache goes by the source text alone.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..optimizers import Optimizer
+from .interface import DeviceError
 
 THREADS = 256  # of every block; as in kernels/types.cuh
 BLOCKS_PER_PROCESSOR = 8  # 2048 threads fill a multiprocessor of every architecture from sm_70 on, or nearly
@@ -22,6 +24,8 @@ MAX_GRID_Y = 65535
 WARP = 32
 WIDE_ROW = 1024  # columns from which a row gets a whole block instead of a warp
 PACK_BYTES = 16  # of one load or store
+
+CUDA_PACKAGES = ("cupy", "cupy_backends", "nvmath", "cuda")  # whose errors are the device's
 
 STORAGE = {
     "float64": "STORAGE_FLOAT64",
@@ -76,11 +80,17 @@ def kernel(name: str, function: str, storage: str, vec: int, macros: Macros = ()
     return _module(name, storage, vec, macros).get_function(function)
 
 
-def device_count() -> int:
-    """The number of GPUs that the driver finds; CuPy's error where there is no driver."""
+@functools.cache
+def elementwise(inputs: str, outputs: str, operation: str, compute: str) -> Any:
+    """An operation on every element, for arrays of any shape and strides, with activations.cuh at hand.
+
+    inputs, outputs: as for `cupy.ElementwiseKernel`, with X the one type of all arrays; compute: the dtype name of S.
+    """
     import cupy
 
-    return int(cupy.cuda.runtime.getDeviceCount())
+    preamble = "\n".join([f"#define {STORAGE[compute]}", "#define VEC 1", text("types.cuh"), text("activations.cuh")])
+    name = f"elementwise_{hashlib.sha256(f'{operation} {compute}'.encode()).hexdigest()[:16]}"
+    return cupy.ElementwiseKernel(inputs, outputs, operation, name, preamble=preamble, options=("--std=c++17",))
 
 
 @functools.cache
@@ -139,6 +149,15 @@ ONE_BLOCK = ((1, 1), (THREADS, 1))
 ONE_THREAD = ((1, 1), (1, 1))
 
 
+def device_error(error: Exception, what: str, arguments: Sequence[Any]) -> Exception:
+    """An error of CUDA's, of whichever of its libraries, as a DeviceError that says what failed; any other as it is."""
+    if type(error).__module__.split(".")[0] not in CUDA_PACKAGES or isinstance(error, MemoryError):
+        return error
+    arrays = ", ".join(f"{a.dtype} {tuple(a.shape)}" for a in arguments if getattr(a, "ndim", 0))
+    late = "or an operation before it, since a GPU works behind the host's back: CUDA_LAUNCH_BLOCKING=1 tells"
+    return DeviceError(f"{what}({arrays}) failed ({late}): {' '.join(str(error).split())}")
+
+
 def launch(function: Any, geometry: tuple[tuple[int, int], tuple[int, int]], arguments: Sequence[Any]) -> None:
     """Launch a kernel; a grid without blocks launches nothing. An argument that is None becomes a null pointer."""
     grid, block = geometry
@@ -174,4 +193,15 @@ def rule_macros(optimizer: Optimizer) -> Macros:
     values["MOMENTS"] = len(optimizer.moments)
     values["HAS_MOMENTUM"] = bool(getattr(optimizer, "momentum", 0))
     rule = "RULE_ADAM" if optimizer.name in ("adam", "adamw") else f"RULE_{optimizer.name.upper()}"
-    return ((rule, "1"), *((name, repr(float(v) if isinstance(v, float) else int(v))) for name, v in values.items()))
+    return ((rule, "1"), *((name, literal(value)) for name, value in values.items()))
+
+
+def literal(value: Any) -> str:
+    """A flag, a count or a number as C++ writes it, whichever of NumPy's types it came in."""
+    return str(int(value)) if isinstance(value, (bool, np.bool_, int)) else repr(float(value))
+
+
+def gather_macros(source: str, out: str) -> Macros:
+    """The element types of a gather, by their names in the kernels, as the macros of kernels/gather.cu."""
+    facts = {"SAME": source == out, "NARROW": out == "T", "WIDEN": source == "T" and out != "T"}
+    return (("FROM", source), ("TO", out), *((name, str(int(value))) for name, value in facts.items()))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import checks
 from .. import precision as precision_table
 from ..activations import Activation, Scratch
 from ..losses import FUSED, Loss
@@ -23,7 +24,7 @@ from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
 from . import philox, sharing
-from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Slot
+from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Recorder, Slot, Staging
 
 Array = NDArray[Any]
 BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 512 KiB second-level cache
@@ -62,11 +63,27 @@ class NumpyOperations(Operations):
     def to_device(self, array: Any, dtype: Any = None) -> Array:
         return np.ascontiguousarray(array, dtype)
 
+    def owns(self, array: Any) -> bool:
+        return False
+
     def to_host(self, array: Array) -> Array:
         return array
 
     def copy(self, source: Array, out: Array) -> None:
         np.copyto(out, source, casting="same_kind")
+
+    def all_finite(self, array: Array, dtype: Any = None) -> bool:
+        with np.errstate(over="ignore"):
+            return checks.all_finite(np.asarray(array) if dtype is None else array.astype(dtype))
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def recorder(self, wanted: bool | None = None) -> Recorder:
+        return Recorder()
+
+    def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
+        return _Unstaged(self.empty(shape, dtype))
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
         for slot, value in values.items():
@@ -81,16 +98,23 @@ class NumpyOperations(Operations):
     def tuned_for(self, flop: int) -> AbstractContextManager[None]:
         if flop < SMALL_GEMM:
             return _quiet(_one_blas_thread())
-        threads = max((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
-        # one where BLAS is held to it already, by a context around this one or by the user
+        # the fewest of any BLAS there is, SciPy's beside NumPy's: 1 where a user or a context around this one wants that
+        threads = min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
         return _quiet(self._shared_out(threads) if threads > 1 and flop < LARGE_GEMM else nullcontext())
 
-    def gather(self, source: Array, rows: Array, out: Array) -> None:
-        if source.dtype == out.dtype and source.flags.c_contiguous:  # take would first copy all of another order
-            np.take(source, rows, axis=0, out=out, mode="clip")
-            return
-        for block in _row_blocks(len(rows), source[0:1].size):
-            out[block] = source[rows[block]]
+    def gather(
+        self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
+    ) -> None:
+        first = 0 if state is None else int(state[Slot.CURSOR])
+        scaled = scale != 1.0 and out.dtype.kind not in "iub"
+        if rows is not None:
+            rows = rows[first : first + len(out)]
+            if source.dtype == out.dtype and source.flags.c_contiguous and not scaled:
+                np.take(source, rows, axis=0, out=out, mode="clip")  # it would first copy all of another order
+                return
+        for block in _row_blocks(len(out), source[0:1].size):
+            part = source[slice(first + block.start, first + block.stop) if rows is None else rows[block]]
+            out[block] = part.astype(self._compute) * self._compute.type(scale) if scaled else part
 
     # --- forward ---
 
@@ -219,7 +243,7 @@ class NumpyOperations(Operations):
     ) -> None:
         gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape))
         theta, g = W.reshape(-1), gW.reshape(-1)
-        if not np.isfinite(state[Slot.COST]):
+        if not _applies(state):
             return
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), 1)
         for block in _blocks(0, theta.size):
@@ -265,9 +289,9 @@ class NumpyOperations(Operations):
         shadow: Array | None,
         state: Array,
     ) -> None:
-        norm = float(state[Slot.GRADIENT_NORM])
-        if not (np.isfinite(norm) and np.isfinite(state[Slot.COST])):
+        if not _applies(state):
             return
+        norm = float(state[Slot.GRADIENT_NORM])
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + CLIP_EPS))
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), int(state[Slot.STEP]) + 1)
         first = 0
@@ -284,6 +308,10 @@ class NumpyOperations(Operations):
         sharing.for_each(_update_blocks(first, theta.size, n), update_block, self._threads)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
+
+    def begin_step(self, learning_rate: float, round: int, cursor: int, state: Array) -> None:
+        state[Slot.LEARNING_RATE], state[Slot.ROUND], state[Slot.CURSOR] = learning_rate, round, cursor
+        state[Slot.COST] = state[Slot.GRADIENT_NORM] = 0.0
 
     def finish_step(self, rows: int, state: Array) -> None:
         state[Slot.EPOCH_COST] += rows * state[Slot.COST]
@@ -390,6 +418,25 @@ class NumpyOperations(Operations):
             np.multiply(u, lr * muon.rate(W.shape), out=u)
             np.multiply(W, 1 - lr * muon.weight_decay, out=W)
             np.subtract(W, u, out=W)
+
+
+class _Unstaged(Staging):
+    """One buffer that is host and device in one."""
+
+    def __init__(self, buffer: Array) -> None:
+        self.host = self.device = buffer
+
+    def free(self) -> None:
+        pass
+
+    def send(self, rows: int) -> None:
+        pass
+
+    def receive(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
 
 
 class _ScratchPool(threading.local):
@@ -511,6 +558,12 @@ def _update_blocks(first: int, last: int, n: int) -> Iterator[tuple[slice, bool]
         yield block, True
     for block in _blocks(max(first, n), last):
         yield block, False
+
+
+def _applies(state: Array) -> bool:
+    """Whether a step's gradient may be applied: nothing was out of the finite numbers, in this step or before it."""
+    finite = np.isfinite(state[Slot.COST]) and np.isfinite(state[Slot.GRADIENT_NORM])
+    return bool(finite and state[Slot.BAD_ROUND] == 0)
 
 
 def _weights(loss: Loss, y: Array, sample_weight: Array | None) -> Array | None:

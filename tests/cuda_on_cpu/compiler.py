@@ -20,6 +20,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
+@functools.cache
 def _package_folder(module: str) -> Path | None:
     try:
         spec = importlib.util.find_spec(module)
@@ -114,16 +116,21 @@ def _prune(days: int = 14) -> None:
 
 def _build(command: list[str], output: Path, what: str) -> None:
     """Run g++, with the result put in place at once, so that another process never sees half a file."""
-    partial = output.with_name(f"{output.name}.{os.getpid()}")
+    partial = _partial(output)
     done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
     if done.returncode:
         raise CompileError(f"g++ did not take {what}:\n{_first_lines(done.stderr)}")
     os.replace(partial, output)
 
 
+def _partial(path: Path) -> Path:
+    """Where a thread writes a file before it is put in place."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
+
+
 def _write(path: Path, text: str) -> None:
     """A text file, put in place at once."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = _partial(path)
     partial.write_text(text)
     os.replace(partial, path)
 

@@ -376,7 +376,8 @@ class Emulator:
     fast, and a kernel that depends on the order is still found where it races). ``races``: whether accesses are checked
     for order. ``seed``: of the shuffled order. ``patience``: the accesses that a thread may make from one barrier to
     the next before it counts as endless. ``counts``: launches, allocations, synchronisations, copies and GEMMs so far.
-    ``log``: (kernel, grid, block) of each launch.
+    ``log``: (kernel, grid, block) of each launch. ``memory_limit``: bytes from which an allocation fails.
+    ``broken_after``: how many more calls succeed, before every one fails for good.
     """
 
     def __init__(self) -> None:
@@ -392,6 +393,8 @@ class Emulator:
         self.patience = 1 << 28
         self.counts: collections.Counter[str] = collections.Counter()
         self.log: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        self.memory_limit: int | None = None
+        self.broken_after: int | None = None
         self._read_only: list[tuple[int, int]] = []
 
     @contextlib.contextmanager

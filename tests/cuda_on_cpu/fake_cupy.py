@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from . import compiler, fake_cublas
+from . import compiler, fake_cublas, streams
 from .emulator import Emulator, Pointer, fill
+from .streams import CUDARuntimeError, Event, Graph, Order, Stream
 
 device = Emulator()
+Order.count = staticmethod(lambda name: device.counts.update([name]))
 ATTRIBUTES = {
     "MultiProcessorCount": 3,  # few, so that grid-stride loops go round
     "MaxThreadsPerMultiProcessor": 2048,
@@ -63,6 +65,7 @@ class ndarray(np.ndarray):
             array = super().__new__(cls, shape, dtype, buffer, 0, strides, order)
             array._owner = memptr
             return array
+        _refuse_allocation(size)
         device.counts["allocations"] += 1
         return super().__new__(cls, shape, dtype, device.memory.allocate(size, dtype), 0, strides, order)
 
@@ -74,8 +77,14 @@ class ndarray(np.ndarray):
     def device(self) -> Device:  # type: ignore[override]
         return Device(0)
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        strides = None if self.flags.c_contiguous else self.strides
+        where = (self.data.ptr, False)
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": where, "version": 3, "strides": strides}
+
     def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
-        _to_host()
+        _to_host(stream)
         if out is None:
             return np.array(self.view(np.ndarray), order=order, copy=True)
         if out.dtype != self.dtype or out.shape != self.shape:
@@ -91,15 +100,21 @@ class ndarray(np.ndarray):
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
         device.counts["copies to device"] += 1
-        self.view(np.ndarray)[...] = arr
+        _submit(lambda: np.copyto(self.view(np.ndarray), arr), stream)
+
+    def fill(self, value: Any) -> None:
+        _submit(lambda: self.view(np.ndarray).fill(value))
 
     def copy(self, order: str = "C") -> ndarray:  # type: ignore[override]
-        return _on_device(self.view(np.ndarray).copy(order))
+        return self.astype(self.dtype, order)
 
     def astype(self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: Any = None, copy: Any = True) -> Any:
         if not copy and self.dtype == np.dtype(dtype):
             return self
-        return _on_device(self.view(np.ndarray).astype(dtype, order, casting))
+        fortran = order == "F" or (order in "KA" and self.flags.f_contiguous and not self.flags.c_contiguous)
+        made = ndarray(self.shape, dtype, order="F" if fortran else "C")
+        _submit(lambda: np.copyto(made.view(np.ndarray), self.view(np.ndarray), casting=casting))
+        return made
 
     def __copy__(self) -> ndarray:
         return self.copy()
@@ -112,11 +127,13 @@ class ndarray(np.ndarray):
         found = super().__getitem__(key)
         if not isinstance(found, np.ndarray):
             found = super().__getitem__((*(key if isinstance(key, tuple) else (key,)), Ellipsis))
-        return found if np.may_share_memory(found, self) or not found.size else _on_device(found)
+        shared = np.may_share_memory(found.view(np.ndarray), self.view(np.ndarray))
+        return found if shared or not found.size else _on_device(found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         _refuse_host(value)
-        super().__setitem__(key, value)
+        part = self.view(np.ndarray)
+        _submit(lambda: part.__setitem__(key, _host(value)))
 
     def item(self, *index: int) -> Any:
         _to_host()
@@ -142,8 +159,10 @@ class ndarray(np.ndarray):
         _refuse_host(*inputs, *out)
         if out:
             options["out"] = tuple(_host(array) for array in out)
-        result = getattr(ufunc, method)(*map(_host, inputs), **options)
-        return out[0] if len(out) == 1 else out if out else _on_device(result)
+            _submit(lambda: getattr(ufunc, method)(*map(_host, inputs), **options))
+            return out[0] if len(out) == 1 else out
+        streams.current().drain()
+        return _on_device(getattr(ufunc, method)(*map(_host, inputs), **options))
 
     def __array_function__(self, function: Any, types_: Any, args: Any, options: Any) -> Any:
         return _call(function, args, options)
@@ -152,9 +171,31 @@ class ndarray(np.ndarray):
         return asarray, (self.get(),)
 
 
-def _to_host() -> None:
-    device.counts["synchronisations"] += 1
+def _to_host(stream: Stream | None = None) -> None:
+    _refuse_if_broken()
+    (stream or streams.current()).synchronize()
     device.counts["copies to host"] += 1
+
+
+def _submit(work: Any, stream: Stream | None = None) -> None:
+    (stream or streams.current()).submit(work)
+
+
+def _refuse_if_broken() -> None:
+    """The error of a device that has had one which it does not recover from."""
+    if device.broken_after is not None:
+        device.broken_after -= 1
+        if device.broken_after < 0:
+            raise CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+
+
+Order.check = staticmethod(_refuse_if_broken)
+
+
+def _refuse_allocation(size: int) -> None:
+    streams.current().refuse_capture("allocate memory")
+    if device.memory_limit is not None and device.memory.bytes_in_use() + size > device.memory_limit:
+        raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes")
 
 
 def _host(value: Any) -> Any:
@@ -191,6 +232,8 @@ def _call(function: Any, args: Any, options: Any) -> Any:
         return _host(value)
 
     out = options.get("out")
+    streams.current().refuse_capture("allocate memory")
+    streams.current().drain()
     result = function(*map(plain, args), **{name: plain(value) for name, value in options.items()})
     return out if out is not None else _on_device(result)
 
@@ -221,7 +264,20 @@ def zeros_like(prototype: Any, dtype: Any = None) -> ndarray:
     return zeros(prototype.shape, prototype.dtype if dtype is None else dtype)
 
 
+def _adopted(foreign: Any) -> ndarray:
+    """Another library's device array, in the memory that it has."""
+    told = foreign.__cuda_array_interface__
+    memory = MemoryPointer(told["data"][0], foreign)
+    return ndarray(told["shape"], np.dtype(told["typestr"]), memory, told["strides"])
+
+
+def from_dlpack(foreign: Any) -> ndarray:
+    return _adopted(foreign._array)
+
+
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", **_: Any) -> ndarray:
+    if not isinstance(obj, ndarray) and hasattr(obj, "__cuda_array_interface__"):
+        obj = _adopted(obj)
     if isinstance(obj, ndarray) and not copy and (dtype is None or obj.dtype == np.dtype(dtype)):
         return obj
     if not isinstance(obj, ndarray):
@@ -245,7 +301,7 @@ def asnumpy(a: Any, stream: Any = None, order: str = "C", out: Any = None, *, bl
 def copyto(dst: ndarray, src: Any, casting: str = "same_kind", where: Any = None) -> None:
     if type(src) is np.ndarray and src.size != 1:
         raise ValueError("non-scalar numpy.ndarray cannot be used for copyto")
-    np.copyto(_host(dst), _host(src), casting=casting, where=True if where is None else _host(where))
+    _submit(lambda: np.copyto(_host(dst), _host(src), casting=casting, where=True if where is None else _host(where)))
 
 
 def matmul(x1: ndarray, x2: ndarray, /, out: ndarray | None = None, **options: Any) -> ndarray:
@@ -283,7 +339,9 @@ class RawKernel:
     def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int = 0, stream: Any = None) -> None:
         if shared_mem:
             raise ValueError(f"kernel {self.name}: dynamic shared memory is not emulated")
-        device.launch(self._kernel, grid, block, args)
+        if streams.current().is_capturing():  # a graph holds addresses and values, and keeps no array alive
+            args = tuple(Pointer(a.data.ptr) if isinstance(a, ndarray) else a for a in args)
+        _submit(lambda: device.launch(self._kernel, grid, block, args))
 
     def compile(self, log_stream: Any = None) -> None:
         pass
@@ -326,6 +384,67 @@ class RawModule:
                 f"there is: {found}"
             )
         return self._module.kernels[name]
+
+
+class ElementwiseKernel:
+    """An operation on every element of arrays that are broadcast together; X is the one type of all of them."""
+
+    def __init__(
+        self, in_params: str, out_params: str, operation: str, name: str = "kernel", preamble: str = "", **_: Any
+    ) -> None:
+        self._inputs, self._outputs = _parameters(in_params), _parameters(out_params)
+        self._operation, self._name, self._preamble = operation, name, preamble
+        self._kernels: dict[str, RawKernel] = {}
+
+    def __call__(self, *args: Any, size: int | None = None) -> Any:
+        if len(args) not in (len(self._inputs), len(self._inputs) + len(self._outputs)):
+            raise TypeError(f"Wrong number of arguments: {len(args)}")
+        dtypes = {a.dtype for a in args if isinstance(a, ndarray)}
+        if len(dtypes) != 1:
+            raise TypeError(f"Type is mismatched. X {dtypes}")
+        (dtype,) = dtypes
+        inputs = [a if isinstance(a, ndarray) else asarray(a, dtype) for a in args[: len(self._inputs)]]
+        outputs = list(args[len(self._inputs) :])
+        shape = np.broadcast_shapes(*(a.shape for a in (*inputs, *outputs)))
+        outputs = outputs or [empty(shape, dtype) for _ in self._outputs]
+        plain = [_on_device(np.ascontiguousarray(np.broadcast_to(_host(a), shape))) for a in inputs]
+        targets = [a if a.flags.c_contiguous else a.copy() for a in outputs]
+        count = math.prod(shape)
+        if count:
+            self._kernel(dtype.name)((min(2, -(-count // 128)),), (128,), (*plain, *targets, np.int64(count)))
+        for target, a in zip(targets, outputs):
+            if target is not a:
+                a[...] = target
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _kernel(self, dtype: str) -> RawKernel:
+        if dtype not in self._kernels:
+            pointers = [f"const X* _{p}" for p in self._inputs] + [f"X* _{p}" for p in self._outputs]
+            elements = [f"const X {p} = _{p}[i];" for p in self._inputs] + [f"X& {p} = _{p}[i];" for p in self._outputs]
+            code = f"""{_INCLUDES.get(dtype, "")}
+typedef {_C_TYPE[dtype]} X;
+{self._preamble}
+extern "C" __global__ void {self._name}({", ".join(pointers)}, long long n) {{
+    long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
+    for (long long i = first; i < n; i += stride) {{
+        {" ".join([*elements, self._operation])};
+    }}
+}}"""
+            self._kernels[dtype] = RawKernel(code, self._name)
+        return self._kernels[dtype]
+
+
+_C_TYPE = {"float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+
+
+_INCLUDES = {"float16": "#include <cuda_fp16.h>", "bfloat16": "#include <cuda_bf16.h>"}
+
+
+def _parameters(declared: str) -> list[str]:
+    pairs = [part.split() for part in declared.split(",") if part.strip()]
+    if any(letter != "X" for letter, _ in pairs):
+        raise TypeError(f"only the type X is emulated: {declared}")
+    return [name for _, name in pairs]
 
 
 # --- cupy.cuda ---
@@ -385,66 +504,13 @@ class Device:
         return self
 
     def synchronize(self) -> None:
+        streams.current().refuse_capture("synchronise")
         device.counts["synchronisations"] += 1
+        streams.drain_all()
 
 
-class Event:
-    """A point in a stream; everything before it is done already."""
-
-    def __init__(self, block: bool = False, disable_timing: bool = False, interprocess: bool = False) -> None:
-        self.done = True
-
-    def record(self, stream: Any = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        device.counts["synchronisations"] += 1
-
-
-class Stream:
-    """A stream; all work is done when the call returns."""
-
-    null: Stream
-    _stack: list[Stream]
-
-    def __init__(self, null: bool = False, non_blocking: bool = False, ptds: bool = False, priority: int = 0) -> None:
-        self.ptr = 0 if null else id(self)
-        self.device_id = 0
-        self.done = True
-
-    def __enter__(self) -> Stream:
-        Stream._stack.append(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        Stream._stack.pop()
-
-    def use(self) -> Stream:
-        Stream._stack[-1] = self
-        return self
-
-    def synchronize(self) -> None:
-        device.counts["synchronisations"] += 1
-
-    def record(self, event: Event | None = None) -> Event:
-        return event or Event()
-
-    def wait_event(self, event: Event) -> None:
-        pass
-
-    def begin_capture(self, mode: Any = None) -> None:
-        raise NotImplementedError("graphs are not emulated")
-
-    def is_capturing(self) -> bool:
-        return False
-
-
-Stream.null = Stream(null=True)
-Stream._stack = [Stream.null]
-
-
-def get_current_stream(device_id: int = -1) -> Stream:
-    return Stream._stack[-1]
+def _current_stream(device_id: int = -1) -> Stream:
+    return streams.current()
 
 
 class PinnedMemoryPointer(bytearray):
@@ -487,8 +553,8 @@ class _MemoryPool:
         return 0
 
 
-class CUDARuntimeError(RuntimeError):
-    """An error of the CUDA runtime."""
+class OutOfMemoryError(MemoryError):
+    """What CuPy's memory pool says when there is none left."""
 
 
 class CUDADriverError(RuntimeError):
@@ -536,6 +602,8 @@ runtime = _module(
 )
 driver = _module("cupy_backends.cuda.api.driver", CUDADriverError=CUDADriverError, get_build_version=lambda: 12090)
 cublas = _module("cupy_backends.cuda.libs.cublas", **fake_cublas.names(device))
+nvmath_cublas = _module("nvmath.bindings.cublas", **fake_cublas.nvmath_names(device))
+nvmath_bindings = _module("nvmath.bindings", cublas=nvmath_cublas)
 cuda = _module(
     "cupy.cuda",
     runtime=runtime,
@@ -544,11 +612,12 @@ cuda = _module(
     Device=Device,
     Stream=Stream,
     Event=Event,
+    Graph=Graph,
     MemoryPointer=MemoryPointer,
     PinnedMemoryPointer=PinnedMemoryPointer,
     alloc=alloc,
     alloc_pinned_memory=alloc_pinned_memory,
-    get_current_stream=get_current_stream,
+    get_current_stream=_current_stream,
     get_elapsed_time=lambda start, end: 0.0,
     get_cublas_handle=lambda: fake_cublas.HANDLE,
     get_device_id=lambda: 0,
@@ -560,8 +629,8 @@ cuda = _module(
         get_device_id=lambda: 0,
         get_compute_capability=lambda: "90",
     ),
-    stream=_module("cupy.cuda.stream", Stream=Stream, Event=Event, get_current_stream=get_current_stream),
-    memory=_module("cupy.cuda.memory", MemoryPointer=MemoryPointer, alloc=alloc, OutOfMemoryError=MemoryError),
+    stream=_module("cupy.cuda.stream", Stream=Stream, Event=Event, get_current_stream=_current_stream),
+    memory=_module("cupy.cuda.memory", MemoryPointer=MemoryPointer, alloc=alloc, OutOfMemoryError=OutOfMemoryError),
     pinned_memory=_module("cupy.cuda.pinned_memory", alloc_pinned_memory=alloc_pinned_memory),
     compiler=_module("cupy.cuda.compiler", CompileException=compiler.CompileError),
 )
@@ -584,8 +653,21 @@ def _of_numpy(name: str) -> Any:
 
 _pool = _MemoryPool()
 _NAMES = (
-    *(ndarray, RawKernel, RawModule, empty, empty_like, full, zeros, zeros_like, ones, array, asarray),
-    *(ascontiguousarray, asnumpy, copyto, matmul, get_array_module),
+    *(
+        ndarray,
+        RawKernel,
+        RawModule,
+        ElementwiseKernel,
+        empty,
+        empty_like,
+        full,
+        zeros,
+        zeros_like,
+        ones,
+        array,
+        asarray,
+    ),
+    *(from_dlpack, ascontiguousarray, asnumpy, copyto, matmul, get_array_module),
 )
 cupy = _module(
     "cupy",
@@ -616,10 +698,13 @@ MODULES = {
     "cupy_backends.cuda.api": _api,
     "cupy_backends.cuda.api.runtime": runtime,
     "cupy_backends.cuda.api.driver": driver,
+    "nvmath": _module("nvmath", bindings=nvmath_bindings),
+    "nvmath.bindings": nvmath_bindings,
+    "nvmath.bindings.cublas": nvmath_cublas,
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-USERS = ("gpu_mlp.ops.cuda_ops", "gpu_mlp.ops.gemm", "gpu_mlp.ops.launch")
+USERS = tuple(f"gpu_mlp.ops.{name}" for name in ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "staging"))
 
 
 @contextlib.contextmanager
@@ -631,7 +716,7 @@ def installed() -> Iterator[Emulator]:
         return
     if found is not None:
         raise RuntimeError("the real CuPy has been imported already; its stand-in would get in its way")
-    rest = [name for name in sys.modules if name.split(".")[0] in ("cupy_backends", "cupyx")]
+    rest = [name for name in sys.modules if name.split(".")[0] in ("cupy_backends", "cupyx", "nvmath")]
     before = {name: sys.modules.pop(name) for name in rest}
     _forget(USERS)
     sys.modules.update(MODULES)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1339,6 +1342,18 @@ def test_modules_are_kept(cp, monkeypatch):
     assert [value(5), value(6)] == [5, 6]  # the options are part of what a module is kept under
     monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
     assert value(5) == 5
+
+
+def test_threads_compile_the_same_text_at_the_same_time(cp):
+    text = f'extern "C" __global__ void fresh(int* y) {{}}  // {uuid.uuid4()}'
+    together = threading.Barrier(4)
+
+    def compiled(_):
+        together.wait(10)
+        return compiler.Module(text).kernels
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all("fresh" in kernels for kernels in threads.map(compiled, range(4)))
 
 
 def test_what_is_missing_is_said(monkeypatch):

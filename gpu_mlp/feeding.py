@@ -1,0 +1,194 @@
+"""How minibatches reach the operations: from a data set that lives on the device, or through it as a stream.
+
+Leans on the operations for gathering and staging. A feed puts one minibatch after the other into buffers that stay
+where they are, so that a step can be recorded; the order of the samples is the same whichever feed it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ops.interface import Array, Operations, Staging
+
+Parts = tuple[Array, Array, "Array | None"]  # x, y and the sample weights, or None
+
+
+class Buffers:
+    """Where a minibatch lies while it is worked on: x in the storage type, y, and the sample weights or None."""
+
+    def __init__(self, ops: Operations, rows: int, x: Array, y: Array, w: Array | None) -> None:
+        self.x = ops.empty((rows, x.shape[1]), ops.precision.storage_dtype)
+        self.y = ops.empty((rows, *y.shape[1:]), y.dtype)
+        self.w = None if w is None else ops.empty(rows, w.dtype)
+
+    def first(self, rows: int) -> Parts:
+        """The first rows of each."""
+        return self.x[:rows], self.y[:rows], None if self.w is None else self.w[:rows]
+
+
+class Resident:
+    """A data set on the device, from which each minibatch is gathered by the numbers of its rows.
+
+    x: (n, n_0) of any real type; y: (n,) or (n, n_L); w: (n,) or None. All on the device.
+    """
+
+    def __init__(self, ops: Operations, x: Array, y: Array, w: Array | None, batch_size: int) -> None:
+        self._ops, self._sources, self._batch_size = ops, (x, y, w), batch_size
+        self._buffers = Buffers(ops, batch_size, x, y, w)
+        self._order = ops.empty(len(x), np.int64) if ops.waits else None
+        self._rows: Array | None = None
+        self._cursor = 0
+
+    def epoch(self, order: NDArray[np.int64] | None) -> Iterator[tuple[int, int]]:
+        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored."""
+        self._rows = order
+        if order is not None and self._order is not None:
+            self._ops.copy(order, self._order)
+            self._rows = self._order
+        for cursor in range(0, len(self._sources[0]), self._batch_size):
+            self._cursor = cursor
+            yield self._piece(cursor)
+
+    def again(self, back: int) -> tuple[int, int] | None:
+        """Make the minibatch of so many steps ago the one at hand; its (cursor, rows)."""
+        return self._piece(self._cursor - back * self._batch_size)
+
+    def _piece(self, cursor: int) -> tuple[int, int]:
+        return cursor, min(self._batch_size, len(self._sources[0]) - cursor)
+
+    @property
+    def key(self) -> Any:
+        """What tells recordings apart: which arrays a minibatch is fetched from."""
+        return self._rows is None
+
+    def fetch(self, rows: int, state: Array) -> Parts:
+        """The minibatch at the state's CURSOR; queues operations alone."""
+        batch = self._buffers.first(rows)
+        for source, out in zip(self._sources, batch):
+            if source is not None:
+                self._ops.gather(source, self._rows, out, state)
+        return batch
+
+
+class Streamed:
+    """A data set on the host, larger than the device's memory: two minibatches of it at a time on the device.
+
+    While one is computed on, the next is gathered on the host and copied. x, y, w as in `Resident`, as NumPy arrays;
+    memory maps too.
+    """
+
+    def __init__(
+        self, ops: Operations, x: NDArray[Any], y: NDArray[Any], w: NDArray[Any] | None, batch_size: int
+    ) -> None:
+        self._ops, self._sources, self._batch_size = ops, (x, y, w), batch_size
+        self._buffers = Buffers(ops, batch_size, x, y, w)
+        self._slots = [self._slot() for _ in range(2)]
+        self.key = 0  # which slot holds the minibatch at hand
+        self._order: NDArray[np.int64] | None = None
+        self._pieces: list[tuple[int, int]] = []
+        self._at = 0
+
+    def _slot(self) -> list[Staging | None]:
+        shapes = [None if part is None else (self._batch_size, *part.shape[1:]) for part in self._sources]
+        return [
+            None if shape is None or part is None else self._ops.staging(shape, part.dtype)
+            for shape, part in zip(shapes, self._sources)
+        ]
+
+    def epoch(self, order: NDArray[np.int64] | None) -> Iterator[tuple[int, int]]:
+        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored."""
+        n = len(self._sources[0])
+        self._order = order
+        self._pieces = [(cursor, min(self._batch_size, n - cursor)) for cursor in range(0, n, self._batch_size)]
+        self._load(0, 0)
+        for at, piece in enumerate(self._pieces):
+            self._at, self.key = at, at % 2
+            self._receive()
+            yield piece
+            self._release()
+            if at + 1 < len(self._pieces):  # the step is queued, and the device busy with it
+                self._load(1 - self.key, at + 1)
+
+    def again(self, back: int) -> tuple[int, int] | None:
+        """Make the minibatch of so many steps ago the one at hand; its (cursor, rows)."""
+        self._release()
+        self._load(self.key, self._at - back)
+        self._receive()
+        return self._pieces[self._at - back]
+
+    def _receive(self) -> None:
+        for staging in self._staged(self.key):
+            staging.receive()
+
+    def _release(self) -> None:
+        for staging in self._staged(self.key):
+            staging.release()
+
+    def _load(self, slot: int, piece: int) -> None:
+        """Gather a minibatch on the host and send it on its way."""
+        cursor, rows = self._pieces[piece]
+        for part, staging in zip(self._sources, self._slots[slot]):
+            if part is None or staging is None:
+                continue
+            staging.free()
+            if self._order is None:
+                np.copyto(staging.host[:rows], part[cursor : cursor + rows])
+            else:
+                np.take(part, self._order[cursor : cursor + rows], axis=0, out=staging.host[:rows], mode="clip")
+            staging.send(rows)
+
+    def _staged(self, slot: int) -> list[Staging]:
+        return [staging for staging in self._slots[slot] if staging is not None]
+
+    def fetch(self, rows: int, state: Array) -> Parts:
+        """The minibatch that has just been received, cast; queues operations alone."""
+        batch = self._buffers.first(rows)
+        for staging, out in zip(self._slots[self.key], batch):
+            if staging is not None:
+                self._ops.gather(staging.device[:rows], None, out)
+        return batch
+
+
+class Single:
+    """One minibatch at a time, handed over by the caller."""
+
+    key = None
+
+    def __init__(self, ops: Operations, x: Array, y: Array, w: Array | None, fixed: bool) -> None:
+        """``fixed``: copy what is put into buffers that stay where they are; x, y, w: the like of what will be put."""
+        self._ops = ops
+        self._buffers = Buffers(ops, len(x), x, y, w) if fixed else None
+        self._batch: Parts = (x, y, w)
+
+    def takes(self, x: Array, y: Array, w: Array | None) -> bool:
+        """Whether a minibatch fits the buffers."""
+        if self._buffers is None:
+            return True
+        room = self._buffers
+        fits = len(x) <= len(room.x) and x.shape[1:] == room.x.shape[1:] and y.shape[1:] == room.y.shape[1:]
+        return fits and y.dtype == room.y.dtype and (w is None) == (room.w is None)
+
+    def put(self, x: Array, y: Array, w: Array | None) -> None:
+        """Hand over a minibatch."""
+        if self._buffers is None:
+            self._batch = (self._ops.to_device(x, self._ops.precision.storage_dtype), y, w)
+            return
+        self._batch = self._buffers.first(len(x))
+        for source, out in zip((x, y, w), self._batch):
+            if source is not None:
+                self._ops.copy(source, out)
+
+    def again(self, back: int) -> tuple[int, int] | None:
+        """The minibatch that was handed over last; None for one before it, which is gone."""
+        return None if back else (0, len(self._batch[0]))
+
+    def fetch(self, rows: int, state: Array) -> Parts:
+        """The minibatch that was handed over."""
+        return self._batch
+
+
+Feed = Resident | Streamed | Single

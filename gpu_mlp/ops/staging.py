@@ -1,0 +1,48 @@
+"""Page-locked buffers and a second stream: data on its way to the GPU while the GPU computes.
+
+Leans on CuPy's streams and events. Two events keep the copies and the computation out of each other's way; see
+`interface.Staging` for the order of the calls.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import cupyx
+
+from .interface import Staging
+
+
+class PinnedStaging(Staging):
+    """A page-locked host buffer, its twin on the device, and the copies between them on a stream of their own."""
+
+    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
+        self.host = cupyx.empty_pinned(shape, dtype)
+        self.device = cupy.empty(shape, dtype)
+        self._sent = cupy.cuda.Event(disable_timing=True)
+        self._released = cupy.cuda.Event(disable_timing=True)
+        self.release()
+
+    def free(self) -> None:
+        self._sent.synchronize()
+
+    def send(self, rows: int) -> None:
+        stream = copy_stream(cupy.cuda.device.get_device_id())
+        stream.wait_event(self._released)
+        self.device[:rows].set(self.host[:rows], stream=stream)
+        self._sent.record(stream)
+
+    def receive(self) -> None:
+        cupy.cuda.get_current_stream().wait_event(self._sent)
+
+    def release(self) -> None:
+        self._released.record(cupy.cuda.get_current_stream())
+
+
+@functools.cache
+def copy_stream(device: int) -> Any:
+    """The stream of a device that copies run in, beside whatever stream computes."""
+    return cupy.cuda.Stream(non_blocking=True)
