@@ -46,7 +46,7 @@ from helpers import (
     update_rule,
 )
 
-from gpu_mlp import losses, optimizers, precision, regularizers
+from gpu_mlp import MLP, Trainer, losses, optimizers, precision, regularizers
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.ops import launch, numpy_ops, sharing
 from gpu_mlp.ops.interface import ALIGNMENT, Dropout, Layout, Operations, Slot
@@ -1511,6 +1511,30 @@ def test_shared_matmul(shape, threads):
         assert_close(out, a @ b, 1e-13)
         again = np.full((m, n), math.nan)
         assert same_bits(sharing.matmul(a, b, again, threads), out)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_step_that_is_shared_out_is_the_same_step(activation, dropout, precision, threads, monkeypatch):
+    """Forward, backward with its column sums and masks, and update, on parts of 16 rows against the whole at once."""
+    monkeypatch.setattr(sharing, "PART_FLOP", 1000)
+    monkeypatch.setattr(numpy_ops, "FLAT_BLOCK", 256)
+    x, y = np.random.default_rng(0).normal(size=(70, 19)), np.arange(70) % 5
+    found = {}
+    for count in (1, threads, threads):
+        net = MLP([19, 33, 40, 5], activation, "softmax", dropout, precision=precision, seed=3)
+        trainer = Trainer(net, "cross_entropy", optimizers.Adam(lr=0.01), regularizers.L2(0.1), accumulate=2)
+        net._ops._threads = count
+        for _ in range(3):
+            trainer.step(x, y)
+        theta = np.array(net.theta)
+        if count in found:
+            assert same_bits(theta, found[count])
+        found[count] = theta
+    # bfloat16 rounds each gradient, and a sum that is a bit off may round the other way
+    assert_close(found[threads], found[1], 1e-11 if precision == "float64" else 1e-3)
 
 
 def test_shared_matmul_is_quiet_in_every_thread():

@@ -98,7 +98,7 @@ class NumpyOperations(Operations):
     def tuned_for(self, flop: int) -> AbstractContextManager[None]:
         if flop < SMALL_GEMM:
             return _quiet(_one_blas_thread())
-        # the fewest of any BLAS there is, SciPy's beside NumPy's: 1 where a user or a context around this one wants that
+        # the fewest of NumPy's BLAS and any other: 1 where a user, or a context around this one, wants that
         threads = min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
         return _quiet(self._shared_out(threads) if threads > 1 and flop < LARGE_GEMM else nullcontext())
 
@@ -129,6 +129,25 @@ class NumpyOperations(Operations):
         dropout: Dropout | None,
         state: Array,
     ) -> None:
+        def work(rows: slice) -> None:
+            part = None if z is None else z[rows]
+            self._affine_activation(h_in[rows], W, b, f, h[rows], part, dropout, rows.start, state)
+
+        sharing.for_each(sharing.row_parts(len(h), 2 * len(h) * W.size, self._threads), work, self._threads)
+
+    def _affine_activation(
+        self,
+        h_in: Array,
+        W: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        state: Array,
+    ) -> None:
+        """Some rows of it, the first of which is row ``first`` of the micro-batch."""
         product = self._matmul(h_in, W.T, h if z is None else z)
         for block in _row_blocks(*h.shape):
             zb = product[block]
@@ -136,7 +155,7 @@ class NumpyOperations(Operations):
             hb = zb if product is h else self._output_block(h, block)
             f.f(zb, hb, self._scratch(zb.shape))
             if dropout is not None:
-                self._mask(hb, dropout, block.start, state)
+                self._mask(hb, dropout, first + block.start, state)
             if hb.dtype != h.dtype:
                 h[block] = hb
                 if z is not None:
@@ -205,6 +224,35 @@ class NumpyOperations(Operations):
         accumulate: bool,
         state: Array,
     ) -> None:
+        parts = sharing.row_parts(len(gz), 2 * len(gz) * W.size, self._threads)
+        sums = [gb, *(None if gb is None else np.empty_like(gb) for _ in parts[1:])]
+
+        def work(i: int) -> None:
+            rows = parts[i]
+            read = None if saved is None else saved[rows]
+            self._input_gradient(
+                gz[rows], W, f, read, dropout, rows.start, gz_in[rows], sums[i], accumulate and i == 0, state
+            )
+
+        sharing.for_each(range(len(parts)), work, self._threads)
+        for part in sums[1:]:
+            if gb is not None and part is not None:
+                np.add(gb, part, out=gb)
+
+    def _input_gradient(
+        self,
+        gz: Array,
+        W: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        """Some rows of it, the first of which is row ``first`` of the micro-batch, and their column sums."""
         gh = self._matmul(gz, W, gz_in)
         if f.reads == "none" and dropout is None and gb is None:
             if gh is not gz_in:
@@ -214,7 +262,7 @@ class NumpyOperations(Operations):
         for block in _row_blocks(*gz_in.shape):
             g = gh[block]
             if dropout is not None:
-                self._mask(g, dropout, block.start, state)
+                self._mask(g, dropout, first + block.start, state)
             if saved is not None:
                 s = self._widen(0, saved[block])
                 if dropout is not None and f.reads == "h":  # h was divided by keep; where it was dropped, g is 0
@@ -226,10 +274,10 @@ class NumpyOperations(Operations):
 
     def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
         if accumulate:
-            product = self._matmul(gz.T, h_in, self._scratch.matrix(0, gW.shape))
+            product = self._matmul(gz.T, h_in, self._scratch.matrix(0, gW.shape), self._threads)
             np.add(gW, product, out=gW)
         else:
-            self._matmul(gz.T, h_in, gW)
+            self._matmul(gz.T, h_in, gW, self._threads)
 
     def descend(
         self,
@@ -241,7 +289,7 @@ class NumpyOperations(Operations):
         shadow: Array | None,
         state: Array,
     ) -> None:
-        gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape))
+        gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape), self._threads)
         theta, g = W.reshape(-1), gW.reshape(-1)
         if not _applies(state):
             return
@@ -345,10 +393,10 @@ class NumpyOperations(Operations):
             state[Slot.LOSS_SCALE] *= precision_table.LOSS_SCALE_GROWTH
             state[Slot.GOOD_STEPS] = 0
 
-    def _matmul(self, a: Array, b: Array, out: Array) -> Array:
+    def _matmul(self, a: Array, b: Array, out: Array, threads: int = 1) -> Array:
         """a b in ``out``, or in a new float32 array where ``out`` or a factor is of a 16-bit type."""
         if a.dtype == b.dtype == out.dtype == self._compute:
-            return sharing.matmul(a, b, out, self._threads)
+            return sharing.matmul(a, b, out, threads)
         product = np.matmul(a.astype(self._compute), b.astype(self._compute))
         if out.dtype == self._compute:
             out[...] = product

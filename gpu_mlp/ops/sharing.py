@@ -23,13 +23,20 @@ _pool: ThreadPoolExecutor | None = None
 
 def matmul(a: NDArray[Any], b: NDArray[Any], out: NDArray[Any], threads: int) -> NDArray[Any]:
     """out ← a b, by blocks of rows on up to ``threads`` threads. a: (m, k); b: (k, n); out: (m, n), all of one type."""
-    rows, parts = len(a), min(threads, 2 * a.size * b.shape[1] // PART_FLOP)
-    step = -(-rows // max(1, parts * ROW_MULTIPLE)) * ROW_MULTIPLE
-    if parts < 2 or step >= rows:
+    parts = row_parts(len(a), 2 * a.size * b.shape[1], threads)
+    if len(parts) < 2:
         return np.matmul(a, b, out=out)
-    blocks = [slice(start, start + step) for start in range(0, rows, step)]
-    for_each(blocks, lambda block: np.matmul(a[block], b, out=out[block]), len(blocks))
+    for_each(parts, lambda rows: np.matmul(a[rows], b, out=out[rows]), threads)
     return out
+
+
+def row_parts(rows: int, flop: int, threads: int) -> list[slice]:
+    """``rows`` cut into at most ``threads`` parts, of which each has a good share of the ``flop`` operations."""
+    parts = min(threads, flop // PART_FLOP)
+    if parts < 2:
+        return [slice(0, rows)]
+    step = -(-rows // (parts * ROW_MULTIPLE)) * ROW_MULTIPLE
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def for_each(blocks: Iterable[Any], work: Callable[[Any], object], threads: int) -> None:
