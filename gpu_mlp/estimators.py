@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import activations, ops, schedules, solvers
+from . import activations, checks, ops, schedules, solvers
+from . import precision as precisions
 from .network import MLP
+from .ops.interface import Operations
 from .optimizers import LBFGS, OPTIMIZERS, SGD, Adam, Optimizer
 from .precision import PRECISIONS
 from .progress import Progress
@@ -36,7 +38,13 @@ try:
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+    from sklearn.utils.validation import (
+        _check_n_features,
+        _check_sample_weight,
+        check_is_fitted,
+        check_X_y,
+        validate_data,
+    )
 except ImportError as error:
     raise ImportError(
         f"the estimators need scikit-learn 1.7 or later ({error}): pip install 'gpu-mlp[sklearn]'"
@@ -53,6 +61,7 @@ THEIR_SOLVERS = ("lbfgs", "sgd", "adam")
 SCIPY_FTOL = 1e7 * float(np.finfo(np.float64).eps)  # L-BFGS-B's own default, which scikit-learn leaves alone
 FLOATS = (np.float64, np.float32)
 SPARSE = ("csr", "csc")
+DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
 class _BaseMLP(BaseEstimator):
@@ -136,7 +145,8 @@ class _BaseMLP(BaseEstimator):
         """Fit the network to the data, from new weights, or with ``warm_start`` from those it has.
 
         X: (n_samples, n_features) numbers, dense or sparse; y: (n_samples,) or (n_samples, n_outputs); sample_weight:
-        (n_samples,) or None. float32 and float64 are computed in as they come, anything else in float64. Returns self.
+        (n_samples,) or None. float32 and float64 are computed in as they come, anything else in float64. With
+        device="cuda" an X on the GPU (CuPy, ``__cuda_array_interface__``, DLPack) is used where it is. Returns self.
         """
         return self._fit(X, y, sample_weight, incremental=False)
 
@@ -144,9 +154,10 @@ class _BaseMLP(BaseEstimator):
         first = not hasattr(self, "coefs_") or (not self.warm_start and not incremental)
         hidden = self._hidden_sizes()
         self._check_combinations(incremental)
+        X, y, sample_weight = self._from_device(X, y, sample_weight, first)
         X, y, class_weight = self._training_data(X, y, incremental, first)
         if sample_weight is not None:
-            sample_weight = _check_sample_weight(sample_weight, X)
+            sample_weight = _check_sample_weight(sample_weight, _stand_in(X) if _on_device(X) else X)
         if class_weight is not None:
             sample_weight = class_weight if sample_weight is None else sample_weight * class_weight
         y = y.reshape(-1, 1) if y.ndim == 1 else y
@@ -165,6 +176,28 @@ class _BaseMLP(BaseEstimator):
             self._show()
         self._refuse_bad_weights()
         return self
+
+    def _from_device(self, X: Any, y: Any, sample_weight: Any, reset: bool) -> tuple[Any, Any, Any]:
+        """X as a CuPy array, checked, where it is on the GPU; what else is there comes to the host, y and weights."""
+        if not any(map(_on_device, (X, y, sample_weight))):
+            return X, y, sample_weight
+        work = ops.make(self.device, precisions.get("float32"))
+        y, sample_weight = (work.to_host(work.to_device(a)) if _on_device(a) else a for a in (y, sample_weight))
+        return (self._device_rows(work, X, reset) if _on_device(X) else X), y, sample_weight
+
+    def _device_rows(self, work: Operations, X: Any, reset: bool) -> Any:
+        """X on the GPU, (n_samples, n_features), with the checks that scikit-learn makes of one on the host."""
+        if not work.waits:
+            checks.on_host("X", X)
+        X = work.to_device(X)
+        if X.ndim != 2:
+            raise ValueError(f"X: expected 2 dimensions, (n_samples, n_features), got shape {X.shape}")
+        if X.dtype not in FLOATS:
+            X = work.to_device(X, np.float64)
+        if not work.all_finite(X):
+            raise ValueError("Input X contains NaN or infinity.")
+        _check_n_features(self, X, reset=reset)
+        return X
 
     def _hidden_sizes(self) -> list[int]:
         sizes = self.hidden_layer_sizes
@@ -294,18 +327,23 @@ class _BaseMLP(BaseEstimator):
         """(X, y, weight) to train on, and with ``early_stopping`` the like of it to score on, y in its own terms."""
         if not self.early_stopping:
             return (X, y, weight), None
-        arrays = (X, y) if weight is None else (X, y, weight)
-        parts = train_test_split(
-            *arrays, random_state=self._random_state, test_size=self.validation_fraction, stratify=self._strata(y)
+        kept, held = train_test_split(
+            np.arange(len(y)),
+            random_state=self._random_state,
+            test_size=self.validation_fraction,
+            stratify=self._strata(y),
         )
-        train, held_out = parts[::2], parts[1::2]
-        if held_out[0].shape[0] < 2:
+        if len(held) < 2:
             raise ValueError(
                 "validation_fraction: the validation set is too small; increase validation_fraction or the data"
             )
-        if weight is None:
-            train, held_out = (*train, None), (*held_out, None)
-        return tuple(train), (held_out[0], self._decode(held_out[1]), held_out[2])
+
+        def part(rows: NDArray[np.int64]) -> tuple[Any, NDArray[Any], NDArray[Any] | None]:
+            chosen = self._fitted.net._ops.to_device(rows) if _on_device(X) else rows
+            return X[chosen], y[rows], None if weight is None else weight[rows]
+
+        X_held, y_held, weight_held = part(held)
+        return part(kept), (X_held, self._decode(y_held), weight_held)
 
     def _end_epoch(
         self, descent: solvers.Descent, loss: float, n: int, held_out: Any, started: float, shown: Progress
@@ -355,7 +393,7 @@ class _BaseMLP(BaseEstimator):
 
     def _watch_score(self, X: Any, y: NDArray[Any], weight: NDArray[Any] | None) -> float:
         """The score on the validation part; the weights are remembered where it is the best so far."""
-        y_hat = self._fitted.forward(X)
+        y_hat = self._to_host(self._fitted.forward(X))
         score = self._score(y, self._decode(y_hat), weight) if np.isfinite(y_hat).all() else np.nan
         self.validation_scores_.append(score)
         if self.verbose:
@@ -432,8 +470,11 @@ class _BaseMLP(BaseEstimator):
         )
 
     def _outputs(self, X: Any) -> NDArray[Any]:
-        """ŷ of the network for new rows, (n_samples, n_outputs)."""
+        """ŷ of the network for new rows, (n_samples, n_outputs): a CuPy array where they are on the GPU."""
         check_is_fitted(self)
+        if _on_device(X):
+            self._fitted.take(self.coefs_, self.intercepts_)
+            return self._fitted.forward(self._device_rows(self._fitted.net._ops, X, reset=False))
         X = validate_data(self, X, accept_sparse=SPARSE, reset=False)
         self._fitted.take(self.coefs_, self.intercepts_)
         return self._fitted.forward(_rowwise(X))
@@ -445,10 +486,19 @@ class _BaseMLP(BaseEstimator):
         self._fitted.take(self.coefs_, self.intercepts_)
         return self._fitted.net
 
+    def _to_host(self, array: Any) -> NDArray[Any]:
+        return self._fitted.net._ops.to_host(array)
+
     def _partial_fit_is_possible(self) -> bool:
         if self._full_batch:
             raise AttributeError(f"partial_fit: solver={self.solver!r} takes the whole data set at once")
         return True
+
+    def _score_rows(self, X: Any, y: Any, sample_weight: Any) -> float:
+        """The score of data of which some is on the GPU."""
+        y, sample_weight = (self._to_host(a) if _on_device(a) else a for a in (y, sample_weight))
+        y_hat = self.predict(X)
+        return self._score(y, self._to_host(y_hat) if _on_device(y_hat) else y_hat, sample_weight)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -536,6 +586,13 @@ class _BaseMLP(BaseEstimator):
         made._show()
         return made
 
+    def _validated(self, X: Any, y: Any, reset: bool, y_numeric: bool = False) -> tuple[Any, NDArray[Any]]:
+        """X and y after scikit-learn's checks; of an X on the GPU, which has had its own, a stand-in goes through."""
+        options = {"multi_output": True, "y_numeric": y_numeric, "dtype": FLOATS}
+        if _on_device(X):
+            return X, check_X_y(_stand_in(X), y, estimator=self, **options)[1]
+        return validate_data(self, X, y, accept_sparse=SPARSE, reset=reset, **options)
+
     # --- what the two differ in ---
 
     def _training_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, NDArray[Any], Any]:
@@ -558,6 +615,10 @@ class _BaseMLP(BaseEstimator):
         return None
 
     def _score(self, y: NDArray[Any], predicted: NDArray[Any], weight: NDArray[Any] | None) -> float:
+        raise NotImplementedError
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """What the network makes of new rows."""
         raise NotImplementedError
 
 
@@ -645,12 +706,27 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):
 
     def predict(self, X: Any) -> NDArray[Any]:
         """The class of every sample, (n_samples,), or the (n_samples, n_outputs) 0/1 rows of a multilabel fit."""
-        return self._decode(self._outputs(X))
+        y_hat = self._outputs(X)
+        return self._decode(self._to_host(y_hat) if _on_device(y_hat) else y_hat)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The accuracy on X and y; arguments as in `fit`."""
+        if any(map(_on_device, (X, y, sample_weight))):
+            return self._score_rows(X, y, sample_weight)
+        return super().score(X, y, sample_weight)
 
     def predict_proba(self, X: Any) -> NDArray[Any]:
         """The probability of every class, (n_samples, n_classes), in the order of ``classes_``."""
         y_hat = self._outputs(X)
-        return np.hstack([1 - y_hat, y_hat]) if y_hat.shape[1] == 1 else y_hat
+        if y_hat.shape[1] > 1:
+            return y_hat
+        both = (
+            self._fitted.net._ops.empty((len(y_hat), 2), y_hat.dtype)
+            if _on_device(y_hat)
+            else np.empty((len(y_hat), 2), y_hat.dtype)
+        )
+        both[:, 0], both[:, 1] = 1 - y_hat[:, 0], y_hat[:, 0]
+        return both
 
     def predict_log_proba(self, X: Any) -> NDArray[Any]:
         """The logarithm of `predict_proba`, (n_samples, n_classes); −inf for a probability that is 0."""
@@ -664,7 +740,7 @@ class MLPClassifier(ClassifierMixin, _BaseMLP):
         return tags
 
     def _training_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, NDArray[Any], Any]:
-        X, y = validate_data(self, X, y, accept_sparse=SPARSE, multi_output=True, dtype=FLOATS, reset=reset)
+        X, y = self._validated(X, y, reset)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
         if not hasattr(self, "classes_") or not (self.warm_start or incremental):
             self._label_binarizer = LabelBinarizer().fit(y)
@@ -765,15 +841,19 @@ class MLPRegressor(RegressorMixin, _BaseMLP):
         """The value of every sample: (n_samples,), or (n_samples, n_outputs) where y had several columns."""
         return self._decode(self._outputs(X))
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """R² on X and y; arguments as in `fit`."""
+        if any(map(_on_device, (X, y, sample_weight))):
+            return self._score_rows(X, y, sample_weight)
+        return super().score(X, y, sample_weight)
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
 
     def _training_data(self, X: Any, y: Any, incremental: bool, reset: bool) -> tuple[Any, NDArray[Any], Any]:
-        X, y = validate_data(
-            self, X, y, accept_sparse=SPARSE, multi_output=True, y_numeric=True, dtype=FLOATS, reset=reset
-        )
+        X, y = self._validated(X, y, reset, y_numeric=True)
         if self.loss == "poisson" and (y < 0).any():
             raise ValueError("y: some values are negative, and loss='poisson' needs y >= 0")
         return X, column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y, None
@@ -786,6 +866,18 @@ class MLPRegressor(RegressorMixin, _BaseMLP):
 
     def _score(self, y: NDArray[Any], predicted: NDArray[Any], weight: NDArray[Any] | None) -> float:
         return r2_score(y, predicted, sample_weight=weight)
+
+
+def _on_device(array: Any) -> bool:
+    """Whether an array is in a GPU's memory: CuPy's, or any with ``__cuda_array_interface__`` or DLPack."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in DLPACK_CUDA
+
+
+def _stand_in(X: Any) -> NDArray[Any]:
+    """A host array of as many rows as X, for checks that count them."""
+    return np.zeros((len(X), 1), X.dtype)
 
 
 def _rowwise(X: Any) -> Any:

@@ -78,13 +78,17 @@ def objective(task_loss: str, output: str, n_outputs: int, alpha: float, dtype: 
 class Rows:
     """The training rows: x dense or a SciPy CSR matrix that is unpacked batch by batch, its targets and its weights.
 
-    x: (n, n_0); y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any sign.
+    x: (n, n_0), on the host or on the network's device; y: (n,) int64 labels or (n, n_L); weight: (n,) or None, of any
+    sign.
     """
 
     def __init__(self, net: MLP, x: Any, y: NDArray[Any], weight: NDArray[Any] | None) -> None:
         self._net, ops = net, net._ops
-        self.sparse = not isinstance(x, np.ndarray)
-        if not self.sparse:
+        self.sparse = hasattr(x, "toarray")
+        if ops.owns(x):
+            if not ops.all_finite(x, net._precision.storage_dtype):
+                raise ValueError(f"X: an entry is too large for {net._precision.storage_dtype.name}")
+        elif not self.sparse:
             checks.fits("X", x, net._precision.storage_dtype)
             x = np.ascontiguousarray(x)
         self._x = x
@@ -124,7 +128,7 @@ class Rows:
         if self.sparse:
             return Unpacked(ops, self._x, self.y, self.weight, batch_size)
         x = self.whole()
-        if ops.waits and x is self._x:
+        if ops.waits and x is self._x and not ops.owns(x):
             weight = None if self._weight is None else np.asarray(self._weight, np.float64)
             return Streamed(ops, x, self._y, weight, batch_size)
         return Resident(ops, x, self.y, self.weight, batch_size)
@@ -133,7 +137,7 @@ class Rows:
         """What can be sliced for blocks of x: x on the device, or where it does not fit there as it is."""
         ops = self._net._ops
         free = ops.free_bytes()
-        if self.sparse or not ops.waits:
+        if self.sparse or not ops.waits or ops.owns(self._x):
             return self if self.sparse else self._x
         if free is not None and self._x.nbytes + SPARE_BYTES > free:
             return self._x
@@ -420,9 +424,9 @@ class Fitted:
         refresh(net)
 
     def forward(self, x: Any) -> NDArray[Any]:
-        """ŷ, (n, n_L), for a dense or CSR x, unpacked chunk by chunk."""
+        """ŷ, (n, n_L), for a dense x, where that is, or for a CSR x, unpacked chunk by chunk."""
         net = self.net
-        if isinstance(x, np.ndarray):
+        if not hasattr(x, "toarray"):
             return net.forward(x)
         y_hat = np.empty((x.shape[0], net.sizes[-1]), net._precision.master_dtype)
         step = net._chunk_rows(x.shape[0])

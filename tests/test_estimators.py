@@ -600,6 +600,37 @@ def test_the_kernels_fit_what_numpy_fits(kind, parameters):
         assert_close(twin.coefs_[1], gpu.coefs_[1], 1e-14)
 
 
+@pytest.mark.parametrize("kind", [MLPClassifier, MLPRegressor])
+@pytest.mark.parametrize("solver", ["adam", "lbfgs"])
+def test_arrays_on_the_gpu_are_fitted_where_they_are(kind, solver, emulated_gpu):  # noqa: F811
+    import cupy
+
+    x, y = blobs(n=60) if kind is MLPClassifier else waves(n=60, outputs=1)
+    y = y.ravel()
+    weight = np.random.default_rng(0).uniform(0.5, 1, len(x))
+    options = {"hidden_layer_sizes": (5,), "max_iter": 3, "batch_size": 25, "random_state": 0, "solver": solver}
+    options["early_stopping"] = True
+    host = kind(device="cuda", **options).fit(x, y, weight)
+    X, Y, W = (cupy.asarray(a) for a in (x, y, weight))
+    net = kind(device="cuda", **options).fit(X, Y, W)
+    for a, b in zip(host.coefs_, net.coefs_):
+        assert_close(b, a, 1e-12)
+    assert net.n_features_in_ == x.shape[1]
+    assert net.score(X, Y, W) == pytest.approx(host.score(x, y, weight), rel=1e-12)
+    raw = net.predict_proba(X) if kind is MLPClassifier else net.predict(X)
+    assert isinstance(raw, cupy.ndarray)
+    assert_close(cupy.asnumpy(raw), host.predict_proba(x) if kind is MLPClassifier else host.predict(x), 1e-12)
+    assert isinstance(net.predict(x), np.ndarray)
+    with pytest.raises(ValueError, match="features"):
+        net.predict(X[:, :2])
+    with pytest.raises(ValueError, match="contains NaN or infinity"):
+        net.predict(cupy.asarray(np.full_like(x, np.nan)))
+    with pytest.raises(TypeError, match="X: is on a GPU and the network on the CPU"):
+        kind(device="cpu", **options).fit(X, Y)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        kind(device="cuda", **options).fit(X, Y[:-1])
+
+
 def test_the_saved_network_is_a_state_dict(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
