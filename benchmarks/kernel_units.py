@@ -116,6 +116,7 @@ def _loss_unit(storage: str, vec: int) -> Unit:
 
 def _gather_variants() -> tuple[tuple[str, Macros], ...]:
     pairs = {"cast": ("unsigned char", "T"), "copy": ("T", "T"), "labels": ("long long", "long long")}
+    pairs |= {"half": ("Float16Source", "T"), "bfloat": ("BFloat16Source", "T")}
     return tuple(
         (tag, (("FROM", a), ("TO", b), ("SAME", str(int(a == b))), ("NARROW", str(int(b == "T")))))
         for tag, (a, b) in pairs.items()

@@ -684,6 +684,8 @@ def _c_type(dtype: str, storage: str) -> str:
         "uint16": "unsigned short",
         "uint8": "unsigned char",
         "bool": "bool",
+        "float16": "Float16Source",
+        "bfloat16": "BFloat16Source",
     }
     if dtype not in names:
         raise TypeError(
