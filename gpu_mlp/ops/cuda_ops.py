@@ -445,7 +445,7 @@ class CudaOperations(Operations):
             *self._target_macros(loss, y),
         )
         if isinstance(loss, Huber):
-            macros = (*macros, ("HUBER_DELTA", repr(loss.delta)))
+            macros = (*macros, ("HUBER_DELTA", launch.literal(loss.delta)))
         self._launch(
             "loss.cu",
             "pointwise_loss",
@@ -498,7 +498,7 @@ class CudaOperations(Operations):
             ("SIGNS", str(int(isinstance(loss, Hinge)))),
             ("CATEGORICAL", str(int(categorical))),
             ("CLASS_WEIGHTS", str(int(self._class_weight(loss) is not None))),
-            ("LABEL_SMOOTHING", repr(float(getattr(loss, "label_smoothing", 0.0)))),
+            ("LABEL_SMOOTHING", launch.literal(getattr(loss, "label_smoothing", 0.0))),
         )
 
     def _class_weight(self, loss: Loss) -> Array | None:

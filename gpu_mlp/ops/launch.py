@@ -173,4 +173,9 @@ def rule_macros(optimizer: Optimizer) -> Macros:
     values["MOMENTS"] = len(optimizer.moments)
     values["HAS_MOMENTUM"] = bool(getattr(optimizer, "momentum", 0))
     rule = "RULE_ADAM" if optimizer.name in ("adam", "adamw") else f"RULE_{optimizer.name.upper()}"
-    return ((rule, "1"), *((name, repr(float(v) if isinstance(v, float) else int(v))) for name, v in values.items()))
+    return ((rule, "1"), *((name, literal(value)) for name, value in values.items()))
+
+
+def literal(value: Any) -> str:
+    """A flag, a count or a number as C++ writes it, whichever of NumPy's types it came in."""
+    return str(int(value)) if isinstance(value, (bool, np.bool_, int)) else repr(float(value))
