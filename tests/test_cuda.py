@@ -6,6 +6,8 @@ memory with guards around it. What only a GPU can tell, speed above all, is not 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from cuda_on_cpu.fixtures import emulated_gpu, kept_stand_in  # noqa: F401
@@ -67,8 +69,8 @@ def target(loss, rows, n, rng):
     return rng.uniform(0.1, 0.9, (rows, n))
 
 
-@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
-@pytest.mark.parametrize("name", ELEMENTWISE)
+# Here that a network puts the operations together; test_operations.py compares each of them at all precisions.
+@pytest.mark.parametrize(("name", "precision"), list(zip(ELEMENTWISE, itertools.cycle(["float64", "bfloat16"]))))
 def test_every_activation(name, precision):
     rng = np.random.default_rng(3)
     compare(
@@ -174,6 +176,26 @@ def test_training_in_sixteen_bits(rule, precision):
     expected, _ = trained("cpu", rule, precision)
     found, _ = trained("cuda", rule, precision)
     assert np.linalg.norm(found - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_a_scaled_gradient_that_overflows_skips_the_step():
+    """float16: steps are skipped and the scale halved until gz fits; then θ moves, as the reference's does."""
+    x, y = np.full((8, 3), 2.0), np.full((8, 2), 60.0)
+    ends = []
+    for device in ("cpu", "cuda"):
+        net = MLP([3, 8, 2], "relu", "identity", precision="float16", device=device)
+        trainer, thetas = Trainer(net, "mse", AdamW(lr=0.01)), []
+        for _ in range(12):
+            with np.errstate(over="ignore", invalid="ignore"):
+                trainer.step(x, y)
+            thetas.append(np.array(net._ops.to_host(net._theta)))
+        slots = (Slot.LOSS_SCALE, Slot.SKIPPED, Slot.STEP, Slot.GOOD_STEPS, Slot.BAD_ROUND)
+        moved = [not np.array_equal(a, b) for a, b in zip(thetas, thetas[1:])]
+        ends.append(([net._ops.read_state(trainer._state, slot) for slot in slots], moved))
+    assert ends[1] == ends[0]
+    assert 0 < ends[0][0][1] < 11, "the case has skipped steps and applied ones"
+    assert ends[0][1][:2] == [False, False]
+    assert ends[0][1][-1]
 
 
 @pytest.mark.parametrize("scale", [65536.0, 2.0**-14, 2.0**-15])
