@@ -122,6 +122,8 @@ def _gather_variants() -> tuple[tuple[str, Macros], ...]:
         "copy": ("T", "T"),
         "labels": ("long long", "long long"),
         "widen": ("T", "double"),
+        "half": ("Float16Source", "T"),
+        "bfloat": ("BFloat16Source", "T"),
     }
     return tuple((tag, launch.gather_macros(a, b)) for tag, (a, b) in pairs.items())
 

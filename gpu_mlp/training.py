@@ -388,8 +388,10 @@ class Trainer:
     def _refuse_bad_weights(self) -> None:
         """Raise Diverged if a gradient that nothing measured took weights out of the finite numbers."""
         net = self.net
-        for l, (W, b) in enumerate(zip(net.layout.weights(net._theta), net.layout.biases(net._theta))):
-            if not all(checks.all_finite(net._ops.to_host(part)) for part in (W, b)):
+        if net._ops.all_finite(net._theta):
+            return
+        for l, parts in enumerate(zip(net.layout.weights(net._theta), net.layout.biases(net._theta))):
+            if not all(map(net._ops.all_finite, parts)):
                 raise Diverged(f"the weights of layer {l} are not finite ({ADVICE})")
 
     def _where_not_finite(self, feed: Feed, cursor: int, rows: int, round: int, work: Workspace | None = None) -> str:
@@ -506,6 +508,7 @@ class _Run:
         schedule = trainer.schedule.over(trainer.rounds + steps * self.epochs, trainer.epoch + self.epochs)
         trainer._workspace(self.batch_size)
         feed = self._feed()
+        self._settle_validation()
         self.net._refresh()
         for _ in range(self.epochs):
             started = time.perf_counter()
@@ -530,6 +533,12 @@ class _Run:
                 self._finish(reason)
                 return
         self._finish("completed")
+
+    def _settle_validation(self) -> None:
+        """Keep x of the validation part on the device too, where there is room left for it."""
+        free = self.net._ops.free_bytes()
+        if self.validation is not None and free is not None and self.validation[0].nbytes + SPARE_BYTES <= free:
+            self.validation = self.net._ops.to_device(self.validation[0]), *self.validation[1:]
 
     def _order(self) -> NDArray[np.int64] | None:
         """The order of the rows in the epoch at hand; None: as they are stored."""

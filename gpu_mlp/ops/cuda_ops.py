@@ -64,7 +64,10 @@ class CudaOperations(Operations):
         try:
             if self.owns(array) and not hasattr(array, "__cuda_array_interface__"):
                 array = cupy.from_dlpack(array)
-            return cupy.ascontiguousarray(cupy.asarray(array, dtype))
+            if not self.owns(array):  # cast on the host: what travels is seldom the larger type
+                return cupy.asarray(np.ascontiguousarray(array, dtype))
+            array = cupy.ascontiguousarray(cupy.asarray(array))
+            return array if dtype is None or array.dtype == dtype else self._cast(array, dtype)
         except Exception as error:
             raise launch.device_error(error, "copy to the device", (array,)) from error
 
@@ -90,7 +93,7 @@ class CudaOperations(Operations):
     def all_finite(self, array: Array, dtype: Any = None) -> bool:
         dtype = np.dtype(array.dtype if dtype is None else dtype)
         if array.dtype.itemsize == 2 and array.dtype.kind not in "iu":
-            array = array.astype(np.float32)
+            array = self._cast(cupy.ascontiguousarray(array), np.float32)
         limit = checks.LARGEST.get(dtype.name, np.inf if array.dtype.kind in "iub" else np.finfo(np.float64).max)
         return not array.size or bool((cupy.abs(array) <= limit).all())  # a NaN is not; nor infinity
 
@@ -367,6 +370,12 @@ class CudaOperations(Operations):
             np.float64(precision_table.LOSS_SCALE_MINIMUM),
             state,
         )
+
+    def _cast(self, array: Array, dtype: Any) -> Array:
+        """``array``, C-order, in another type, by our own kernel: CuPy's do not know every 16-bit type everywhere."""
+        out = cupy.empty(array.shape, dtype)
+        self.copy(array, out)
+        return out
 
     # --- the kernels of the passes ---
 

@@ -44,7 +44,7 @@ HEADERS = {
     "flat.cu": (),
     "update.cu": ("optimizers.cuh",),
     "muon.cu": (),
-    "gather.cu": ("tile.cuh",),
+    "gather.cu": ("tile.cuh", "sources.cuh"),
 }
 
 Macros = tuple[tuple[str, str], ...]
