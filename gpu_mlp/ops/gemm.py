@@ -158,6 +158,6 @@ def binding() -> Any:
     if device not in by_device:
         try:
             by_device[device] = _Nvmath()
-        except ImportError:
+        except (ImportError, RuntimeError):  # not installed; or installed, and it does not find cuBLAS
             by_device[device] = _CuPy()
     return by_device[device]
