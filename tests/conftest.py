@@ -24,6 +24,8 @@ from cuda_on_cpu.fixtures import emulated_gpu  # noqa: F401
 
 from gpu_mlp.ops import cuda_obstacle
 
+NO_GPU = "no GPU to test on"
+
 
 @functools.cache
 def obstacle() -> str:
@@ -39,14 +41,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if os.environ.get("REQUIRE_GPU") == "1":
         pytest.exit(f"REQUIRE_GPU=1, and there is no GPU to test on: {obstacle()}", returncode=1)
     for item in wanted:
-        item.add_marker(pytest.mark.skip(reason=f"no GPU to test on: {obstacle()}"))
+        item.add_marker(pytest.mark.skip(reason=f"{NO_GPU}: {obstacle()}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    said = f"no GPU to test on: {obstacle()}" if obstacle() else ""
-    skipped = [report for report in terminalreporter.getreports("skipped") if said and said in str(report.longrepr)]
-    if skipped:
-        terminalreporter.write_line(f"{len(skipped)} tests were skipped, {said}", yellow=True)
+    said = [str(report.longrepr) for report in terminalreporter.getreports("skipped") if NO_GPU in str(report.longrepr)]
+    if said:
+        terminalreporter.write_line(f"{len(said)} tests were skipped, {said[0].partition('Skipped: ')[2]}")
 
 
 class EmulatedGPU:

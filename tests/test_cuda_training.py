@@ -174,7 +174,7 @@ def test_cupys_own_cublas_gives_the_same_numbers(gpu, monkeypatch):
         found, _ = trained()
     assert not gemm.binding().in_graphs
     if gpu.real:
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
     else:
         assert found.tobytes() == expected.tobytes()
 
@@ -416,6 +416,18 @@ def test_the_plan_keeps_to_the_bound():
     assert plan.total <= bound + rows * (4 * 10 + 16)  # the targets and the weights of the minibatch
 
 
+@pytest.mark.parametrize("processors", [132, 148, 160])
+def test_the_partial_sums_of_a_large_device_fit_the_plan(emulated_gpu, monkeypatch, processors):
+    from gpu_mlp.ops import gemm, launch
+
+    monkeypatch.setattr(launch, "processors", lambda: processors)
+    packs = {"float64": (2, 8), "float32": (4, 4), "bfloat16": (8, 4)}  # elements of a pack, bytes of a sum
+    largest = max(
+        launch.tile(1 << 20, n, vec)[0][1] * n * size for vec, size in packs.values() for n in range(vec, 20000, vec)
+    )
+    assert largest + max(gemm.WORKSPACE_BYTES.values()) + (1 << 20) <= SCRATCH_BYTES
+
+
 def test_memory_is_flat_over_many_steps(gpu):
     net = MLP([13, 31, 3], output="softmax", device="cuda")
     trainer = Trainer(net)
@@ -437,7 +449,8 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts(gpu):
         x, y, _ = problem(512)
         trainer.step(x[:2], y[:2])
         if limited:
-            room = 3 * 128 * 4096 * 8 + (2 << 20)  # for h and two gz of a quarter of the batch
+            # For h and two gz of a quarter of the batch, and a real device's partial sums; not for those of a half.
+            room = 3 * 128 * 4096 * 8 + (10 << 20)
             warned = pytest.warns(RuntimeWarning, match="a step of 512 rows does not fit .* micro-batches")
             with gpu.limited_to(room), warned as said:
                 trainer.step(x, y)

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m pytest -p cuda_on_cpu.as_cupy -m gpu -k fused_pairs
 
-Importing this module installs it. Speed, and everything else that only a GPU can tell, is not to be read off such a run.
+Importing this module installs it. Speed, and whatever else only a GPU can tell, is not to be read off such a run.
 """
 
 from __future__ import annotations
