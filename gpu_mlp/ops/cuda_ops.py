@@ -62,7 +62,7 @@ class CudaOperations(Operations):
 
     def to_device(self, array: Any, dtype: Any = None) -> Array:
         try:
-            if self.owns(array) and not hasattr(array, "__cuda_array_interface__"):
+            if self.owns(array) and _needs_dlpack(array):
                 array = cupy.from_dlpack(array)
             if not self.owns(array):  # cast on the host: what travels is seldom the larger type
                 return cupy.asarray(np.ascontiguousarray(array, dtype))
@@ -749,6 +749,14 @@ class CudaOperations(Operations):
         if name not in self._scratch or self._scratch[name].size < count:
             self._scratch[name] = cupy.empty(max(count, ALIGNMENT), dtype)
         return self._scratch[name][:count]
+
+
+def _needs_dlpack(array: Any) -> bool:
+    """Whether DLPack alone tells an array's type: the CUDA array interface has no bfloat16, only two bytes ("V2")."""
+    if isinstance(array, cupy.ndarray):
+        return False
+    told = getattr(array, "__cuda_array_interface__", None)
+    return told is None or (told["typestr"][1:2] == "V" and hasattr(array, "__dlpack__"))
 
 
 def _mask(dropout: Dropout | None) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ Leans on CuPy's streams and events. Two events keep the copies and the computati
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,10 @@ class PinnedStaging(Staging):
         self._sent = cupy.cuda.Event(disable_timing=True)
         self._released = cupy.cuda.Event(disable_timing=True)
         self.release()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # a device that is lost copies nothing any more
+            self._sent.synchronize()  # CuPy's pools would hand on both buffers with a copy still under way
 
     def free(self) -> None:
         self._sent.synchronize()

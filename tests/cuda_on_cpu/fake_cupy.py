@@ -272,7 +272,8 @@ def _adopted(foreign: Any) -> ndarray:
 
 
 def from_dlpack(foreign: Any) -> ndarray:
-    return _adopted(foreign._array)
+    array = foreign._array
+    return ndarray(array.shape, array.dtype, MemoryPointer(array.data.ptr, foreign), array.strides)
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", **_: Any) -> ndarray:
@@ -619,6 +620,7 @@ cuda = _module(
     alloc_pinned_memory=alloc_pinned_memory,
     get_current_stream=_current_stream,
     get_elapsed_time=lambda start, end: 0.0,
+    set_allocator=lambda allocator=None: None,
     get_cublas_handle=lambda: fake_cublas.HANDLE,
     get_device_id=lambda: 0,
     is_available=lambda: True,
