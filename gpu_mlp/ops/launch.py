@@ -29,7 +29,7 @@ STORAGE = {
     "float16": "STORAGE_FLOAT16",
     "bfloat16": "STORAGE_BFLOAT16",
 }
-COMMON = ("types.cuh", "activations.cuh", "philox.cuh", "reduce.cuh")
+COMMON = ("types.cuh", "sine.cuh", "activations.cuh", "philox.cuh", "reduce.cuh")
 # Which headers a source needs in front of it, beside the common ones.
 HEADERS = {
     "forward.cu": ("tile.cuh",),
