@@ -2,7 +2,8 @@
 //
 // Block (bx, by): bx threads across the columns, by down the rows, bx * by = 256. Grid (x, y): x covers the columns, y
 // strides over the rows. What depends on the column alone (a bias, a column sum) stays in registers, and no division by n
-// is needed. VEC is 1 unless n and every pointer are multiples of a whole pack.
+// is needed. VEC is 1 unless n and every pointer are multiples of a whole pack. The loops over rows are not unrolled: what
+// they store may be what they load, so that unrolled rows would wait for each other and only take registers.
 
 __device__ __forceinline__ Index tile_column() { return (Index(blockIdx.x) * blockDim.x + threadIdx.x) * VEC; }
 __device__ __forceinline__ Index tile_row() { return Index(blockIdx.y) * blockDim.y + threadIdx.y; }

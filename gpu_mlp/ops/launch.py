@@ -43,6 +43,8 @@ HEADERS = {
     "gather.cu": ("tile.cuh",),
 }
 
+OPTIONS = ("--std=c++17",)  # of NVRTC, beside those that CuPy adds
+
 Macros = tuple[tuple[str, str], ...]
 
 
@@ -52,6 +54,11 @@ def text(name: str) -> str:
     return importlib.resources.files("gpu_mlp.kernels").joinpath(name).read_text()
 
 
+def headers(name: str, storage: str) -> tuple[str, ...]:
+    """The headers in front of a source, in their order."""
+    return (*(["bfloat16.cuh"] if storage == "bfloat16" else []), *COMMON, *HEADERS[name])
+
+
 def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
     """The whole text of one module: macros, headers, kernels.
 
@@ -59,7 +66,7 @@ def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
     """
     defines = [f"#define {STORAGE[storage]}", f"#define VEC {vec}"]
     defines += [f"#define {macro} {value}" for macro, value in macros]
-    files = (*COMMON, *HEADERS[name], name)
+    files = (*headers(name, storage), name)
     return "\n".join([*defines, *(f"// --- {file}\n{text(file)}" for file in files)])
 
 
@@ -67,7 +74,7 @@ def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
 def _module(name: str, storage: str, vec: int, macros: Macros) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(name, storage, vec, macros), options=("--std=c++17",), backend="nvrtc")
+    return cupy.RawModule(code=source(name, storage, vec, macros), options=OPTIONS, backend="nvrtc")
 
 
 @functools.cache
