@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("emulated_gpu")
 FUNCTIONS = {"f_sine": np.sin, "df_sine": np.cos}
 LONGER = {"float32": np.float64, "float64": np.longdouble}
 ULPS = {"float32": 2, "float64": 3}
-# Up to where z is reduced by subtraction; in front of 2^797 stands the multiple of pi / 2 that a double comes closest to.
+# Up to where z is reduced by subtraction, and the numbers of each type that come closest to a multiple of pi / 2.
 MODERATE = {"float32": 105615.0, "float64": 2.0**31}
 AWKWARD = {"float32": [16367173.0 * 2.0**72], "float64": [6381956970095103.0 * 2.0**797]}
 
