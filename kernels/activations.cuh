@@ -60,8 +60,8 @@ __device__ __forceinline__ S f_relu_squared(S z) {
 }
 __device__ __forceinline__ S df_relu_squared(S z) { return S(2) * smax(z, S(0)); }
 
-__device__ __forceinline__ S f_sine(S z) { return M(sin)(z); }
-__device__ __forceinline__ S df_sine(S z) { return M(cos)(z); }
+__device__ __forceinline__ S f_sine(S z) { return sine_of(z, 0); }
+__device__ __forceinline__ S df_sine(S z) { return sine_of(z, 1); }
 
 __device__ __forceinline__ S f_exp(S z) { return M(exp)(z); }
 __device__ __forceinline__ S df_exp(S h) { return h; }

@@ -4,7 +4,7 @@
 
 // g, (rows, n), becomes g * f'(saved) behind the dropout mask; the columns' sums of each block row go to `partial`,
 // (gridDim.y, n). Moves each array once: reads g and saved, writes g.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 activation_gradient(T* g, const T* __restrict__ saved, S* partial, Index rows, Index n, unsigned int threshold,
                     unsigned int layer, unsigned long long seed, Index first_row, const double* __restrict__ state) {
     Index column = tile_column();
@@ -13,6 +13,7 @@ activation_gradient(T* g, const T* __restrict__ saved, S* partial, Index rows, I
 #if DROPOUT
     Mask mask{threshold, layer, seed, first_row, (unsigned long long)state[ROUND]};
 #endif
+#pragma unroll 1
     for (Index row = tile_row(); column < n && row < rows; row += tile_stride()) {
         Pack<T> pack = load(g + row * n + column);
 #if READS
@@ -42,7 +43,7 @@ activation_gradient(T* g, const T* __restrict__ saved, S* partial, Index rows, I
 }
 
 // gb = the sum of the `parts` rows of `partial`, in their order, added to what stands there with `accumulate`.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 finish_column_sums(const S* __restrict__ partial, S* gb, Index parts, Index n, int accumulate) {
     Index column = Index(blockIdx.x) * blockDim.x + threadIdx.x;
     if (column >= n) return;

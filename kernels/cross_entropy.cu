@@ -4,7 +4,7 @@
 
 // L = mass log(sum exp(z - max)) - <t, z - max>, gz = LOSS_SCALE share (mass softmax(z) - t), (rows, n), where t is the
 // target row and mass its sum; the block's part of the cost to partial_cost[blockIdx.x].
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 softmax_cross_entropy(const T* __restrict__ z, const Y* __restrict__ y, const double* __restrict__ weight,
                       const S* __restrict__ class_weight, T* gz, double* partial_cost, Index rows, Index n,
                       const double* __restrict__ state) {

@@ -4,7 +4,7 @@
 
 // h = f(product + b), (rows, n), then dropout; with KEEPS_Z the sum is written back over the product.
 // `product` may be `h` itself. Moves each array once: reads product and b, writes h (and z).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 bias_activation(T* product, const T* __restrict__ b, T* h, Index rows, Index n, unsigned int threshold,
                 unsigned int layer, unsigned long long seed, Index first_row, const double* __restrict__ state) {
     Index column = tile_column();
@@ -15,6 +15,7 @@ bias_activation(T* product, const T* __restrict__ b, T* h, Index rows, Index n, 
 #if DROPOUT
     Mask mask{threshold, layer, seed, first_row, (unsigned long long)state[ROUND]};
 #endif
+#pragma unroll 1
     for (Index row = tile_row(); row < rows; row += tile_stride()) {
         Pack<T> z = load(product + row * n + column), out;
         S x[VEC];

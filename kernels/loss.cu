@@ -5,8 +5,8 @@
 // READS (of f': 0 nothing, 1 h, 2 z), HAS_SUMS, and those of target.cuh.
 
 // gz = LOSS_SCALE share slope / n f'(saved), (rows, n); the columns' sums to `partial`, (gridDim.y, n); the block's part
-// of the cost to partial_cost[blockIdx.y gridDim.x + blockIdx.x].
-extern "C" __global__ void __launch_bounds__(THREADS)
+// of the cost to partial_cost[blockIdx.y gridDim.x + blockIdx.x]. Divides in double: two blocks, see LEAST_BLOCKS.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 pointwise_loss(const T* __restrict__ y_hat, const T* saved, const Y* __restrict__ y, const double* __restrict__ weight,
                const S* __restrict__ class_weight, T* gz, S* partial, double* partial_cost, Index rows, Index n,
                const double* __restrict__ state) {
@@ -15,6 +15,7 @@ pointwise_loss(const T* __restrict__ y_hat, const T* saved, const Y* __restrict_
     double cost = 0, scale = state[LOSS_SCALE] * (MEAN ? 1.0 / n : 1.0);
     S sum[VEC];
     for (int i = 0; i < VEC; ++i) sum[i] = 0;
+#pragma unroll 1
     for (Index row = tile_row(); column < n && row < rows; row += tile_stride()) {
         double share = row_share(weight, row, state);
         S factor = S(share * scale);

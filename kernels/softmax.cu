@@ -3,7 +3,7 @@
 // Macros: LOGARITHM, HAS_BIAS (0 or 1).
 
 // h = softmax(product + b) or its logarithm, (rows, n), in place or not.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 bias_softmax(const T* product, const T* __restrict__ b, T* h, Index rows, Index n) {
     __shared__ S shared[32];
     for (Index base = first_row_of_block(); base < rows; base += rows_of_grid()) {
@@ -34,7 +34,7 @@ bias_softmax(const T* product, const T* __restrict__ b, T* h, Index rows, Index 
 }
 
 // The Jacobian product, in place: g = h (g - <g, h>) for softmax, g = g - exp(h) sum(g) for its logarithm.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 softmax_gradient(T* g, const T* __restrict__ h, Index rows, Index n) {
     __shared__ S shared[32];
     for (Index base = first_row_of_block(); base < rows; base += rows_of_grid()) {

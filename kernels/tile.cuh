@@ -2,24 +2,27 @@
 //
 // Block (bx, by): bx threads across the columns, by down the rows, bx * by = 256. Grid (x, y): x covers the columns, y
 // strides over the rows. What depends on the column alone (a bias, a column sum) stays in registers, and no division by n
-// is needed. VEC is 1 unless n and every pointer are multiples of a whole pack.
+// is needed. VEC is 1 unless n and every pointer are multiples of a whole pack. The loops over rows are not unrolled: what
+// they store may be what they load, so that unrolled rows would wait for each other and only take registers.
 
 __device__ __forceinline__ Index tile_column() { return (Index(blockIdx.x) * blockDim.x + threadIdx.x) * VEC; }
 __device__ __forceinline__ Index tile_row() { return Index(blockIdx.y) * blockDim.y + threadIdx.y; }
 __device__ __forceinline__ Index tile_stride() { return Index(gridDim.y) * blockDim.y; }
 
-// The sums of a block's columns into row blockIdx.y of `partial`, (gridDim.y, n); every thread of the block must arrive.
+// The sums of a block's columns into row blockIdx.y of `partial`, (gridDim.y, n), which begins at a multiple of 16 bytes;
+// every thread of the block must arrive.
 __device__ __forceinline__ void store_column_sums(const S (&sum)[VEC], Index column, Index n, S* partial) {
     __shared__ S tile[THREADS * VEC];
     S* mine = tile + (threadIdx.y * blockDim.x + threadIdx.x) * VEC;
     for (int i = 0; i < VEC; ++i) mine[i] = sum[i];
     __syncthreads();
     if (threadIdx.y == 0 && column < n) {
-        for (int i = 0; i < VEC; ++i) {
-            S total = 0;
-            for (int y = 0; y < blockDim.y; ++y) total += tile[(y * blockDim.x + threadIdx.x) * VEC + i];
-            partial[Index(blockIdx.y) * n + column + i] = total;
+        Pack<S> total = {};
+#pragma unroll 1  // the columns are independent already, and unrolled rows are most of the kernel's code
+        for (int y = 0; y < blockDim.y; ++y) {
+            for (int i = 0; i < VEC; ++i) total.v[i] += tile[(y * blockDim.x + threadIdx.x) * VEC + i];
         }
+        store(partial + Index(blockIdx.y) * n + column, total);
     }
 }
 

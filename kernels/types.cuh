@@ -14,15 +14,19 @@ typedef float S;
 typedef __half T;
 typedef float S;
 #elif defined(STORAGE_BFLOAT16)
-struct alignas(2) BFloat16 {  // the upper half of a float; cuda_bf16.h is not everywhere, and this is all it takes
-    unsigned short bits;
-};
-typedef BFloat16 T;
+typedef BFloat16 T;  // of bfloat16.cuh
 typedef float S;
 #endif
 
 typedef long long Index;
 #define THREADS 256
+// How many blocks must fit a multiprocessor. 0 leaves it to ptxas, which in double would rather spill around a division
+// than use more than 48 registers.
+#if defined(STORAGE_FLOAT64)
+#define LEAST_BLOCKS 1
+#else
+#define LEAST_BLOCKS 0
+#endif
 
 #if defined(STORAGE_FLOAT64)
 #define LOWEST S(-1.7976931348623157e308)
@@ -46,16 +50,6 @@ __device__ __forceinline__ void narrow(float* out, S x) { *out = x; }
 #if defined(STORAGE_FLOAT16)
 __device__ __forceinline__ S widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ void narrow(__half* out, S x) { *out = __float2half_rn(x); }
-#elif defined(STORAGE_BFLOAT16)
-__device__ __forceinline__ S widen(BFloat16 x) { return __uint_as_float((unsigned int)x.bits << 16); }
-__device__ __forceinline__ void narrow(BFloat16* out, S x) {  // to nearest, ties to even; NaN stays NaN
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(x));
-#else
-    unsigned int u = __float_as_uint(x);
-    out->bits = x != x ? 0x7FFF : (unsigned short)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
-#endif
-}
 #endif
 
 // VEC neighbouring elements, loaded and stored as one.

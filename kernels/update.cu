@@ -15,7 +15,7 @@ extern "C" __global__ void prepare_update(double clip_norm, double clip_eps, dou
 
 // theta, g, every moment and the shadow: (n,), n a multiple of VEC. The penalty covers the first `covered`.
 // Moves each array once: reads theta, g and the moments, writes theta, the moments and the shadow.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
 update(S* theta, const S* __restrict__ g, S* m0, S* m1, S* m2, T* shadow, Index n, Index covered, S l1, S l2,
        const double* __restrict__ coefficient) {
     if (coefficient[0] == 0) return;
@@ -23,6 +23,7 @@ update(S* theta, const S* __restrict__ g, S* m0, S* m1, S* m2, T* shadow, Index 
     for (int k = 0; k < COEFFICIENTS; ++k) c[k] = S(coefficient[3 + k]);
     S* moments[3] = {m0, m1, m2};
     Index stride = Index(gridDim.x) * blockDim.x * VEC;
+#pragma unroll 1  // what is stored may be what is loaded: see tile.cuh
     for (Index i = (Index(blockIdx.x) * blockDim.x + threadIdx.x) * VEC; i < n; i += stride) {
         Pack<S> p = load(theta + i), gradient = load(g + i), m[MOMENTS + 1];
         Pack<T> copy;

@@ -33,7 +33,8 @@ STORAGE = {
     "float16": "STORAGE_FLOAT16",
     "bfloat16": "STORAGE_BFLOAT16",
 }
-COMMON = ("types.cuh", "activations.cuh", "philox.cuh", "reduce.cuh")
+FUNCTIONS = ("types.cuh", "sine.cuh", "activations.cuh")  # all that an elementwise operation needs
+COMMON = (*FUNCTIONS, "philox.cuh", "reduce.cuh")
 # Which headers a source needs in front of it, beside the common ones.
 HEADERS = {
     "forward.cu": ("tile.cuh",),
@@ -47,6 +48,8 @@ HEADERS = {
     "gather.cu": ("tile.cuh", "sources.cuh"),
 }
 
+OPTIONS = ("--std=c++17",)  # of NVRTC, beside those that CuPy adds
+
 Macros = tuple[tuple[str, str], ...]
 
 
@@ -56,6 +59,11 @@ def text(name: str) -> str:
     return importlib.resources.files("gpu_mlp.kernels").joinpath(name).read_text()
 
 
+def headers(name: str, storage: str) -> tuple[str, ...]:
+    """The headers in front of a source, in their order."""
+    return (*(["bfloat16.cuh"] if storage == "bfloat16" else []), *COMMON, *HEADERS[name])
+
+
 def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
     """The whole text of one module: macros, headers, kernels.
 
@@ -63,7 +71,7 @@ def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
     """
     defines = [f"#define {STORAGE[storage]}", f"#define VEC {vec}"]
     defines += [f"#define {macro} {value}" for macro, value in macros]
-    files = (*COMMON, *HEADERS[name], name)
+    files = (*headers(name, storage), name)
     return "\n".join([*defines, *(f"// --- {file}\n{text(file)}" for file in files)])
 
 
@@ -71,7 +79,7 @@ def source(name: str, storage: str, vec: int, macros: Macros = ()) -> str:
 def _module(name: str, storage: str, vec: int, macros: Macros) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(name, storage, vec, macros), options=("--std=c++17",), backend="nvrtc")
+    return cupy.RawModule(code=source(name, storage, vec, macros), options=OPTIONS, backend="nvrtc")
 
 
 @functools.cache
@@ -88,9 +96,9 @@ def elementwise(inputs: str, outputs: str, operation: str, compute: str) -> Any:
     """
     import cupy
 
-    preamble = "\n".join([f"#define {STORAGE[compute]}", "#define VEC 1", text("types.cuh"), text("activations.cuh")])
+    preamble = "\n".join([f"#define {STORAGE[compute]}", "#define VEC 1", *map(text, FUNCTIONS)])
     name = f"elementwise_{hashlib.sha256(f'{operation} {compute}'.encode()).hexdigest()[:16]}"
-    return cupy.ElementwiseKernel(inputs, outputs, operation, name, preamble=preamble, options=("--std=c++17",))
+    return cupy.ElementwiseKernel(inputs, outputs, operation, name, preamble=preamble, options=OPTIONS)
 
 
 @functools.cache

@@ -244,6 +244,8 @@ class _Region(ctypes.Structure):
         ("base", ctypes.c_uint64),
         ("cells", ctypes.c_uint64),
         ("grain_shift", ctypes.c_int),
+        ("read", ctypes.c_uint64),
+        ("written", ctypes.c_uint64),
     ]
 
 
@@ -319,6 +321,11 @@ class _Argument:
         """Where the element begins that an address lies in."""
         return address - (address - self.low) % self.dtype.itemsize
 
+    @property
+    def name(self) -> str:
+        """The parameter's name, the last word of its declaration."""
+        return self.parameter.declaration.replace("*", " ").split()[-1]
+
     def __str__(self) -> str:
         return f"argument {self.number} ({_plain(self.parameter.declaration)})"
 
@@ -376,8 +383,11 @@ class Emulator:
     fast, and a kernel that depends on the order is still found where it races). ``races``: whether accesses are checked
     for order. ``seed``: of the shuffled order. ``patience``: the accesses that a thread may make from one barrier to
     the next before it counts as endless. ``counts``: launches, allocations, synchronisations, copies and GEMMs so far.
-    ``log``: (kernel, grid, block) of each launch. ``memory_limit``: bytes from which an allocation fails.
-    ``broken_after``: how many more calls succeed, before every one fails for good.
+    ``log``: (kernel, grid, block) of each launch. ``traffic``: (kernel, bytes) of each launch, the bytes that all its
+    threads together load and store, by the name of the parameter: {"g": (read, written), ...}. Where two arguments
+    share memory, the first of them has the bytes.
+    ``memory_limit``: bytes from which an allocation fails. ``broken_after``: how many more calls succeed, before every
+    one fails for good.
     """
 
     def __init__(self) -> None:
@@ -393,6 +403,7 @@ class Emulator:
         self.patience = 1 << 28
         self.counts: collections.Counter[str] = collections.Counter()
         self.log: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        self.traffic: list[tuple[str, dict[str, tuple[int, int]]]] = []
         self.memory_limit: int | None = None
         self.broken_after: int | None = None
         self._read_only: list[tuple[int, int]] = []
@@ -427,6 +438,9 @@ class Emulator:
                 self._run(kernel, record, arguments, self.orders[0])
             else:
                 self._run_and_compare(kernel, record, arguments)
+            pointing = [a for a in arguments if a.allocation is not None]
+            bytes_of = {a.name: (r.read, r.written) for a, r in zip(pointing, record.regions)}
+            self.traffic.append((kernel.name, bytes_of))
             del keep
 
     # --- arguments ---
@@ -537,6 +551,8 @@ class Emulator:
 
     def _run(self, kernel: Kernel, record: _Launch, arguments: list[_Argument], order: int) -> None:
         record.order = order
+        for i in range(record.n_regions):
+            record.regions[i].read = record.regions[i].written = 0
         failure = _Failure()
         if compiler.runtime().emu_launch(ctypes.byref(record), ctypes.byref(failure)):
             raise self._fault(kernel, failure, arguments)

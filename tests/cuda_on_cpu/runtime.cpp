@@ -48,6 +48,7 @@ struct Region {       // the part of an allocation that one argument covers
     uintptr_t base;   // of the whole allocation
     uint64_t* cells;  // one for each grain of the allocation
     int grain_shift;  // log2 of the bytes a cell stands for
+    uint64_t read, written;  // bytes, counted here
 };
 
 struct Range {
@@ -58,7 +59,7 @@ struct Launch {
     void (*invoke)(void**);
     void** arguments;
     Index grid, block;
-    const Region* regions;
+    Region* regions;
     const Range* read_only;
     int n_regions, n_read_only;
     int order;  // 0 ascending, 1 descending, 2 shuffled
@@ -354,7 +355,9 @@ inline void visit_shared(uintptr_t a, size_t n, Access access, void* pc) {
     }
 }
 
-inline void visit_region(const Region& r, uintptr_t a, size_t n, Access access, void* pc) {
+inline void visit_region(Region& r, uintptr_t a, size_t n, Access access, void* pc) {
+    if (access != STORE) r.read += n;
+    if (access != LOAD) r.written += n;
     if (access != LOAD) {
         for (int i = 0; i < e.launch.n_read_only; ++i) {
             const Range& range = e.launch.read_only[i];
@@ -386,7 +389,7 @@ inline void visit(uintptr_t a, size_t n, Access access, void* pc) {
     if (a - e.stack_low < STACK) return;
     if (a - e.shared_low < e.shared_size) return visit_shared(a, n, access, pc);
     for (int i = 0; i < e.launch.n_regions; ++i) {
-        const Region& r = e.launch.regions[i];
+        Region& r = e.launch.regions[i];
         if (a - r.low < r.size && a + n - r.low <= r.size) return visit_region(r, a, n, access, pc);
     }
     visit_elsewhere(a, n, access, pc);
