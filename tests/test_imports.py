@@ -27,8 +27,8 @@ LEAVES = {
 ROWS = [
     LEAVES,
     {"readers", "preprocessing", "ops.interface"},
-    {"data", "ops.launch", "ops.staging"},
-    {"ops.gemm"},
+    {"data", "ops.launch"},
+    {"ops.gemm", "ops.staging"},
     {"ops.graphs"},
     {"ops.numpy_ops", "ops.cuda_ops"},
     {"ops"},
