@@ -1,4 +1,4 @@
-"""The fixture of tests that run kernels without a GPU: ``from cuda_on_cpu.fixtures import emulated_gpu``."""
+"""The fixture of tests that run kernels without a GPU; `tests/conftest.py` hands it on to every test."""
 
 from __future__ import annotations
 
