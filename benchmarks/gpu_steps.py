@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ def _measure(records: Any, width: int, batch: int, name: str, rounds: int, repea
             contenders[contender], memory[contender] = _peak(make)
         except Unavailable as error:
             records.add(contender, **told, unavailable=str(error))
+        except Exception:  # the others still run
+            records.add(f"{contender}, width {width}, batch {batch}, {name}", error=traceback.format_exc())
     samples: dict[str, list[dict[str, float]]] = {contender: [] for contender in contenders}
     for _ in range(rounds):
         for contender, step in contenders.items():

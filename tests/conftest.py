@@ -45,9 +45,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    said = [str(report.longrepr) for report in terminalreporter.getreports("skipped") if NO_GPU in str(report.longrepr)]
+    reasons = [r.longrepr[2] for r in terminalreporter.getreports("skipped") if isinstance(r.longrepr, tuple)]
+    said = [reason for reason in reasons if NO_GPU in reason]
     if said:
-        terminalreporter.write_line(f"{len(said)} tests were skipped, {said[0].partition('Skipped: ')[2]}")
+        terminalreporter.write_line(f"{len(said)} tests were skipped, {said[0].removeprefix('Skipped: ')}")
 
 
 class EmulatedGPU:

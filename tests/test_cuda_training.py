@@ -481,6 +481,26 @@ def test_a_row_that_does_not_fit_is_an_error_with_the_plan(emulated_gpu):
 
 
 @pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_lost_device_is_told_whichever_call_is_the_first_to_fail(emulated_gpu, monkeypatch, streamed, graph):
+    """A GPU's error shows at any later call: a launch, a copy, or the recording of an event."""
+    emulated_gpu.orders, emulated_gpu.races = (0,), False
+    if streamed:
+        stored(monkeypatch)
+    for calls in range(30):
+        net = MLP([13, 31, 3], output="softmax", device="cuda")
+
+        def break_down(trainer, row, calls=calls):
+            emulated_gpu.broken_after = calls
+
+        with pytest.raises(DeviceLost) as caught:
+            Trainer(net, graph=graph).fit(problem(), epochs=3, batch_size=8, progress=False, callbacks=[break_down])
+        emulated_gpu.broken_after = None
+        assert len(caught.value.history) == 1
+        assert np.isfinite(net.theta).all()
+
+
+@pytest.mark.parametrize("graph", [True, False])
 def test_a_lost_device_leaves_the_last_whole_epoch(emulated_gpu, graph, tmp_path):
     net = MLP([13, 31, 3], output="softmax", precision="bfloat16", device="cuda")
     kept = []

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,8 @@ LEAVES = {
 ROWS = [
     LEAVES,
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "ops.launch", "ops.staging"},
-    {"ops.gemm"},
+    {"data", "ops.launch"},
+    {"ops.gemm", "ops.staging"},
     {"ops.graphs"},
     {"ops.numpy_ops", "ops.cuda_ops", "ops.device"},
     {"ops", "ops.cuda"},
@@ -166,3 +167,16 @@ def test_training_on_the_cpu_needs_neither_the_command_line_nor_plots():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
     )
     assert done.stdout.strip() == ""
+
+
+def test_a_checkout_reads_its_own_kernels_whichever_copy_is_installed(tmp_path):
+    folder = PACKAGE.parent
+    if not (folder / "kernels").is_dir():
+        pytest.skip("the package is installed, and this is no checkout of it")
+    for name in ("gpu_mlp", "kernels"):
+        shutil.copytree(folder / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "kernels" / "gather.cu").write_text("// another text\n")
+    code = "from gpu_mlp.ops import launch; print(launch.text('gather.cu'), end='')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "// another text\n", result.stderr

@@ -84,7 +84,10 @@ class CudaOperations(Operations):
 
     def copy(self, source: Array, out: Array) -> None:
         if isinstance(source, np.ndarray) and source.shape == out.shape and not isinstance(source, cupy.ndarray):
-            out.set(np.ascontiguousarray(source, out.dtype))
+            try:
+                out.set(np.ascontiguousarray(source, out.dtype))
+            except Exception as error:
+                raise launch.device_error(error, "copy to the device", (out,)) from error
         elif source.flags.c_contiguous and out.flags.c_contiguous:
             self.gather(source.reshape(1, -1), None, out.reshape(1, -1))
         else:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.resources
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,10 @@ Macros = tuple[tuple[str, str], ...]
 
 @functools.cache
 def text(name: str) -> str:
-    """A kernel source or header, as it is shipped."""
-    return importlib.resources.files("gpu_mlp.kernels").joinpath(name).read_text()
+    """A kernel source or header: of this very copy of the package, in which a checkout has them one folder up."""
+    shipped = importlib.resources.files("gpu_mlp").joinpath("kernels")
+    folder = shipped if shipped.is_dir() else Path(__file__).parents[2] / "kernels"
+    return folder.joinpath(name).read_text()
 
 
 def headers(name: str, storage: str) -> tuple[str, ...]:

@@ -1,20 +1,21 @@
 """Page-locked buffers and a second stream: data on its way to the GPU while the GPU computes.
 
-Leans on CuPy's streams and events. Two events keep the copies and the computation out of each other's way; see
-`interface.Staging` for the order of the calls.
+Leans on CuPy's streams and events, and on `launch` for errors that say what failed. Two events keep the copies and the
+computation out of each other's way; see `interface.Staging` for the order of the calls.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cupy
 import cupyx
 
 from .interface import Staging
+from .launch import device_error
 
 
 class PinnedStaging(Staging):
@@ -32,19 +33,31 @@ class PinnedStaging(Staging):
             self._sent.synchronize()  # CuPy's pools would hand on both buffers with a copy still under way
 
     def free(self) -> None:
-        self._sent.synchronize()
+        with self._named():
+            self._sent.synchronize()
 
     def send(self, rows: int) -> None:
-        stream = copy_stream(cupy.cuda.device.get_device_id())
-        stream.wait_event(self._released)
-        self.device[:rows].set(self.host[:rows], stream=stream)
-        self._sent.record(stream)
+        with self._named():
+            stream = copy_stream(cupy.cuda.device.get_device_id())
+            stream.wait_event(self._released)
+            self.device[:rows].set(self.host[:rows], stream=stream)
+            self._sent.record(stream)
 
     def receive(self) -> None:
-        cupy.cuda.get_current_stream().wait_event(self._sent)
+        with self._named():
+            cupy.cuda.get_current_stream().wait_event(self._sent)
 
     def release(self) -> None:
-        self._released.record(cupy.cuda.get_current_stream())
+        with self._named():
+            self._released.record(cupy.cuda.get_current_stream())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the device as such, with what was copied."""
+        try:
+            yield
+        except Exception as error:
+            raise device_error(error, "copy to the device", (self.device,)) from error
 
 
 @functools.cache

@@ -3,8 +3,6 @@
 g++ compiles the very text that NVRTC compiles on a GPU; a scheduler runs its threads and watches every access; a
 stand-in for CuPy and cuBLAS carries the launches, so that grids, argument lists and GEMM calls run too. In a test::
 
-    from cuda_on_cpu.fixtures import emulated_gpu  # noqa: F401
-
     def test_scale(emulated_gpu):
         import cupy  # the stand-in
         kernel = cupy.RawModule(code=TEXT).get_function("scale")
@@ -26,7 +24,8 @@ Stopped               assert, __trap, a crash, an endless loop
 ===================== =================================================================================================
 
 `runtime.h` what kernels see, `runtime.cpp` scheduler and watch, `compiler.py` text to module, `emulator.py` memory and
-launches, `fake_cupy.py` and `fake_cublas.py` the stand-in, `test_emulator.py` the tests of all this.
+launches, `fake_cupy.py` and `fake_cublas.py` the stand-in, `as_cupy.py` puts it in CuPy's place for a whole process,
+`test_emulator.py` the tests of all this.
 
 Not emulated: the speed, FMA contraction and the approximate intrinsics of a GPU, flushing of denormal numbers (CuPy
 compiles with -ftz=true), dynamic shared memory, inline PTX, float atomics, streams that overlap, graphs.

@@ -1,4 +1,4 @@
-"""The fixtures of tests that run kernels without a GPU: ``from cuda_on_cpu.fixtures import emulated_gpu``.
+"""The fixtures of tests that run kernels without a GPU; `tests/conftest.py` hands `emulated_gpu` on to every test.
 
 A file with many small tests imports and uses `kept_stand_in` as well.
 """
