@@ -197,6 +197,8 @@ class _BaseMLP(BaseEstimator):
         if not work.all_finite(X):
             raise ValueError("Input X contains NaN or infinity.")
         _check_n_features(self, X, reset=reset)
+        if reset and hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_  # of an earlier fit; an array on the GPU has none
         return X
 
     def _hidden_sizes(self) -> list[int]:

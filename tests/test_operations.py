@@ -1518,9 +1518,8 @@ def test_shared_matmul(shape, threads):
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 @pytest.mark.parametrize("threads", [2, 3])
 def test_a_step_that_is_shared_out_is_the_same_step(activation, dropout, precision, threads, monkeypatch):
-    """Forward, backward with its column sums and masks, and update, on parts of 16 rows against the whole at once."""
+    """Forward and backward, with column sums and masks, on parts of 16 rows against the whole at once."""
     monkeypatch.setattr(sharing, "PART_FLOP", 1000)
-    monkeypatch.setattr(numpy_ops, "FLAT_BLOCK", 256)
     x, y = np.random.default_rng(0).normal(size=(70, 19)), np.arange(70) % 5
     found = {}
     for count in (1, threads, threads):

@@ -346,14 +346,10 @@ class NumpyOperations(Operations):
         if isinstance(optimizer, Muon):
             self._update_matrices(theta, g, moments, optimizer, layout, regularizer, clip, c[0], state)
             first = layout.n_weights
-
-        def update_block(cut: tuple[slice, bool]) -> None:
-            block, covered = cut
+        for block, covered in _update_blocks(first, theta.size, n):
             s = self._scratch(block.stop - block.start)
             gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state, clip)
             optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
-
-        sharing.for_each(_update_blocks(first, theta.size, n), update_block, self._threads)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
 
@@ -376,7 +372,7 @@ class NumpyOperations(Operations):
 
     @contextmanager
     def _shared_out(self, threads: int) -> Iterator[None]:
-        """Share every GEMM and update out among ``threads`` threads, each with one of BLAS's own."""
+        """Share every GEMM out among ``threads`` threads, each with one of BLAS's own."""
         with _one_blas_thread():
             self._threads = threads
             try:

@@ -1,8 +1,9 @@
-"""Work shared out among threads of our own: matrix products, each part of which BLAS does on one thread, and passes.
+"""Work shared out among threads of our own: matrix products, each part of which BLAS does on one thread.
 
 Leans on NumPy alone. The threads of a BLAS wait for each other by spinning, so that beside other work on the machine
 one of them keeps all the others busy doing nothing for a time slice of the scheduler: a product of 3 ms was seen to
-take 96 ms. Ours sleep, and the parts are a function of the shapes and the number of threads: the same bits every time.
+take 96 ms. Ours sleep (which costs a tenth of a millisecond to wake one up, so that passes without a product in them
+are not worth it), and the parts are a function of the shapes and the number of threads: the same bits every time.
 """
 
 from __future__ import annotations
