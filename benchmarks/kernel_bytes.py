@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from gpu_mlp import SGD, Adam, ElasticNet
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.losses import LOSSES
-from gpu_mlp.ops.interface import Dropout
+from gpu_mlp.ops.interface import Dropout, Slot
 from gpu_mlp.precision import PRECISIONS
 
 ROWS, COLUMNS = 48, 128  # whole packs in every type
@@ -81,7 +81,8 @@ class Bench:
 
     def __init__(self, ops: Any, storage: str) -> None:
         self.ops, self.storage = ops, storage
-        self.state = ops.to_device(np.ones(16), np.float64)
+        self.state = ops.to_device(np.ones(len(Slot)), np.float64)
+        ops.write_state(self.state, {Slot.BAD_ROUND: 0.0, Slot.CURSOR: 0.0})
 
     def matrix(self, dtype: Any = None) -> Any:
         """(ROWS, COLUMNS) of the storage type."""

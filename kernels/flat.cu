@@ -62,7 +62,9 @@ total_weight(const double* __restrict__ weight, const Index* __restrict__ labels
 }
 
 // state[slot] = value. One thread.
-extern "C" __global__ void set_state(int slot, double value, double* state) { state[slot] = value; }
+extern "C" __global__ void set_state(int slot, double value, double* state) {
+    state[slot] = value;
+}
 
 // What changes from step to step, before one; see begin_step in ops/interface.py. One thread.
 extern "C" __global__ void begin_step(double learning_rate, double round, double cursor, double* state) {
