@@ -57,12 +57,14 @@ def plan_memory(
     fused: bool = True,
     accumulate: int = 1,
     stores_gradient: bool = True,
+    layer_gradient: bool = False,
 ) -> Plan:
     """The memory of a step on ``batch_size`` rows.
 
     sizes: n_0, n_1, …, n_L; names: the activation of every layer, the output's last; fused: whether the loss is
     computed from z of the output layer; accumulate: the number of micro-batches; stores_gradient: False where plain SGD
-    applies each layer's gradient at once. The data set itself is not in it.
+    applies each layer's gradient at once, layer_gradient: which L1 makes it keep one layer's of. The data set itself is
+    not in it.
     """
     batch_size, accumulate = checks.integer("batch_size", batch_size, 1), checks.integer("accumulate", accumulate, 1)
     of, rule = precisions.get(precision), rules.get(optimizer)
@@ -82,6 +84,8 @@ def plan_memory(
     }
     if isinstance(rule, Muon):
         parts["Muon's products"] = _muon(sizes) * master
+    if layer_gradient and not stores_gradient:
+        parts["a layer's gradient"] = max(n_in * n_out for n_in, n_out in zip(sizes, sizes[1:])) * master
     parts["scratch"] = SCRATCH_BYTES
     return Plan(parts)
 

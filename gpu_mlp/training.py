@@ -316,10 +316,8 @@ class Trainer:
         while self._work is None or self._work.rows < self._micro(rows):
             self._work = None
             self._recorder.clear()
-            try:
-                net = self.net
-                self._work = Workspace(net._ops, net.sizes, net._f, net.fuses(self.loss), self._micro(rows))
-            except self.net._ops.out_of_memory:
+            self._work = self._room_for(self._micro(rows))
+            if self._work is None:
                 self._cut_smaller(rows)
         if self.accumulate != given:
             say_once(
@@ -327,6 +325,14 @@ class Trainer:
                 f"micro-batches, which give the same update ({self.plan(rows).summary()})"
             )
         return self._work.first(self._micro(rows))
+
+    def _room_for(self, rows: int) -> Workspace | None:
+        """The buffers of a micro-batch, or None where there is no memory for them."""
+        net = self.net
+        try:
+            return Workspace(net._ops, net.sizes, net._f, net.fuses(self.loss), rows)
+        except net._ops.out_of_memory:
+            return None  # and with the error goes what had been allocated
 
     def _micro(self, rows: int) -> int:
         """The rows of a micro-batch."""
@@ -356,6 +362,7 @@ class Trainer:
             fused=self.net.fuses(self.loss),
             accumulate=self.accumulate,
             stores_gradient=not self.apply_at_once,
+            layer_gradient=self.regularizer is not None and self.regularizer.l1 > 0,
         )
 
     def _forget_other_recipes(self) -> None:

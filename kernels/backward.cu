@@ -42,12 +42,20 @@ activation_gradient(T* g, const T* __restrict__ saved, S* partial, Index rows, I
 #endif
 }
 
-// gb = the sum of the `parts` rows of `partial`, in their order, added to what stands there with `accumulate`.
-extern "C" __global__ void __launch_bounds__(THREADS, LEAST_BLOCKS)
+// gb = the sum of the `parts` rows of `partial`, added to what stands there with `accumulate`. Block (32, 8): 32 columns,
+// each of which 8 threads add up, one every eighth row, and one of them what the others have; always in the same order.
+extern "C" __global__ void __launch_bounds__(THREADS)
 finish_column_sums(const S* __restrict__ partial, S* gb, Index parts, Index n, int accumulate) {
+    __shared__ S sums[THREADS];
     Index column = Index(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (column >= n) return;
     S sum = 0;
-    for (Index part = 0; part < parts; ++part) sum += partial[part * n + column];
+    if (column < n) {
+#pragma unroll 4
+        for (Index part = threadIdx.y; part < parts; part += blockDim.y) sum += partial[part * n + column];
+    }
+    sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y != 0 || column >= n) return;
+    for (int y = 1; y < blockDim.y; ++y) sum += sums[y * blockDim.x + threadIdx.x];
     gb[column] = accumulate ? gb[column] + sum : sum;
 }

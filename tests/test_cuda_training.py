@@ -14,6 +14,7 @@ from cuda_on_cpu import streams
 from cuda_on_cpu.emulator import Uninitialised
 
 from gpu_mlp import (
+    L1,
     L2,
     LBFGS,
     MLP,
@@ -385,7 +386,13 @@ def test_a_network_on_the_cpu_refuses_arrays_of_a_gpu(gpu):
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(
     ("optimizer", "options"),
-    [(AdamW(), {}), (SGD(0.1), {}), (SGD(0.1), {"clip_norm": 1.0}), (Muon(), {"accumulate": 4})],
+    [
+        (AdamW(), {}),
+        (SGD(0.1), {}),
+        (SGD(0.1), {"clip_norm": 1.0}),
+        (SGD(0.1), {"regularizer": L1(1e-3)}),
+        (Muon(), {"accumulate": 4}),
+    ],
 )
 def test_a_step_takes_what_was_planned(gpu, optimizer, options, activation, precision):
     import gc

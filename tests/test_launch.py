@@ -55,14 +55,15 @@ def test_by_row_gives_a_warp_or_a_block_to_a_row(processors):
 
 
 @pytest.mark.parametrize("vec", [1, 4])
-def test_flat_and_covering(processors, vec):
+def test_flat_and_by_column(processors, vec):
     for count in COUNTS:
         grid, block = launch.flat(count, vec)
         assert_launchable(grid, block, count)
         assert grid[0] == min(-(-count // (block[0] * vec)), processors * launch.BLOCKS_PER_PROCESSOR)
-        grid, block = launch.covering(count)
+        grid, block = launch.by_column(count)
         assert_launchable(grid, block, count)
         assert grid[0] * block[0] >= count
+        assert block[0] * block[1] == launch.THREADS
 
 
 class View:

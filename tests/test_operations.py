@@ -1,7 +1,7 @@
 """Every operation of the seam against plain float64 formulas: values, dtypes, and what is written and what is not.
 
-An implementation is one row of IMPLEMENTATIONS; every test runs on each of them: on NumPy, and on the emulated GPU of
-`cuda_on_cpu`, which runs the kernels' own text. Outputs are the middle of larger buffers full of NaN, so that a skipped
+An implementation is one row of IMPLEMENTATIONS; every test runs on each of them: on NumPy, on the emulated GPU of
+`cuda_on_cpu`, which runs the kernels' own text, and under `pytest -m gpu` on a real one. Outputs are the middle of larger buffers full of NaN, so that a skipped
 element, a stray write and a read of what was there before all show.
 
 NumPy gets every precision and every combination of what else a test varies. To the emulated GPU each such combination
@@ -56,7 +56,7 @@ from gpu_mlp.ops.numpy_ops import BLOCK, LARGE_GEMM, SMALL_GEMM, NumpyOperations
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """A row of the table: where the class is, how to read an array's address, the precisions to try, what the class
-    needs around it (fixtures), and whether it gets coverings or all combinations."""
+    needs around it (fixtures), whether it gets coverings or all combinations, and the marks of its tests."""
 
     module: str
     name: str
@@ -64,6 +64,7 @@ class Implementation:
     precisions: tuple
     fixtures: tuple = ()
     covered: bool = False
+    marks: tuple = ()
 
     def prepare(self, request):
         """The class; imported here, since the emulated device has to be there first."""
@@ -88,6 +89,7 @@ IMPLEMENTATIONS = {
         covered=True,
     ),
 }
+IMPLEMENTATIONS["gpu"] = dataclasses.replace(IMPLEMENTATIONS["cuda"], fixtures=("real_gpu",), marks=(pytest.mark.gpu,))
 
 # (batch, n_in, n_out): nothing, one, odd, one row of more than a block, many rows that end within a block, whole packs
 # of 16 bytes. 257 rows are more than the emulated device's grid covers at once.
@@ -124,7 +126,7 @@ def covering(*columns, turn=0, times=2):
                 chosen = [(first, rest[i % len(rest)]), (others[(i + turn) % len(others)], rest[-1 - i % len(rest)])]
             for p, more in chosen:
                 told = "-".join([name, p, *map(tell, (value, *more))])
-                arguments.append(pytest.param((name, p), value, *more, id=told))
+                arguments.append(pytest.param((name, p), value, *more, id=told, marks=row.marks))
     return arguments
 
 
@@ -138,23 +140,28 @@ def tell(value):
 
 
 def benches(tf32=False):
-    return [(name, p) for name, row in IMPLEMENTATIONS.items() for p in row.precisions if tf32 or p != "tf32"]
+    return [
+        pytest.param((name, p), id=f"{name}-{p}", marks=row.marks)
+        for name, row in IMPLEMENTATIONS.items()
+        for p in row.precisions
+        if tf32 or p != "tf32"
+    ]
 
 
 # For tests of what is the same text for all types.
 in_float32 = pytest.mark.parametrize(
-    "bench", [pair for pair in benches() if pair[1] == "float32"], ids="-".join, indirect=True
+    "bench", [param for param in benches() if param.values[0][1] == "float32"], indirect=True
 )
 # For tests of products: tf32 has kernels and everything else in common with float32.
-with_tf32 = pytest.mark.parametrize("bench", benches(tf32=True), ids="-".join, indirect=True)
+with_tf32 = pytest.mark.parametrize("bench", benches(tf32=True), indirect=True)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=[pytest.param(name, marks=row.marks) for name, row in IMPLEMENTATIONS.items()])
 def implementation(request):
     return IMPLEMENTATIONS[request.param].prepare(request)
 
 
-@pytest.fixture(params=benches(), ids="-".join)
+@pytest.fixture(params=benches())
 def bench(request):
     name, wanted = request.param
     if wanted == "bfloat16":
@@ -1627,7 +1634,7 @@ def test_unaligned_arrays(bench, operation, shift):
 
 A_LOOP = re.compile(r"(flat_stride|tile_stride|rows_of_grid|gridDim)\b")
 A_KERNEL = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(THREADS\))?\s*(\w+)\((.*?)^}', re.DOTALL | re.MULTILINE
+    r'extern "C" __global__ void (?:__launch_bounds__\([\w, ]+\))?\s*(\w+)\((.*?)^}', re.DOTALL | re.MULTILINE
 )
 
 

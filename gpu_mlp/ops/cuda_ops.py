@@ -483,7 +483,7 @@ class CudaOperations(Operations):
             "finish_column_sums",
             1,
             _PLAIN,
-            launch.covering(gb.size),
+            launch.by_column(gb.size),
             partial,
             gb,
             np.int64(parts),

@@ -151,9 +151,9 @@ def flat(count: int, vec: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
     return (min(blocks, processors() * BLOCKS_PER_PROCESSOR), 1), (THREADS, 1)
 
 
-def covering(count: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Grid and block with a thread for each of ``count`` elements."""
-    return (-(-count // THREADS), 1), (THREADS, 1)
+def by_column(columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block with a warp's width of columns for each block, and several threads down each column."""
+    return (-(-columns // WARP), 1), (WARP, THREADS // WARP)
 
 
 ONE_BLOCK = ((1, 1), (THREADS, 1))
