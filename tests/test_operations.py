@@ -1,8 +1,8 @@
 """Every operation of the seam against plain float64 formulas: values, dtypes, and what is written and what is not.
 
 An implementation is one row of IMPLEMENTATIONS; every test runs on each of them: on NumPy, on the emulated GPU of
-`cuda_on_cpu`, which runs the kernels' own text, and under `pytest -m gpu` on a real one. Outputs are the middle of larger buffers full of NaN, so that a skipped
-element, a stray write and a read of what was there before all show.
+`cuda_on_cpu`, which runs the kernels' own text, and under `pytest -m gpu` on a real one. Outputs are the middle of
+larger buffers full of NaN, so that a skipped element, a stray write and a read of what was there before all show.
 
 NumPy gets every precision and every combination of what else a test varies. To the emulated GPU each such combination
 is a kernel of its own, which takes longer to compile (0.2 s) than to run; where they are many it gets a covering of
