@@ -446,10 +446,10 @@ class MLP:
     def _check_y(self, y: Any, loss: Loss, rows: int, look: bool) -> Array:
         if self._ops.owns(y):
             y = self._ops.to_device(y)
-            if not look:
+            if look:
+                self._check_y(self._ops.to_host(y), loss, rows, look)
+            else:
                 checks.target_shape("y", y, rows, self.sizes[-1], loss.takes_labels)
-                return self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
-            self._check_y(self._ops.to_host(y), loss, rows, look)
             return self._ops.to_device(y, np.int64 if y.ndim == 1 else self._precision.master_dtype)
         checks.on_host("y", y)
         checks.unmasked("y", y)
