@@ -220,6 +220,7 @@ class Descent(Trainer):
         self.rate = rate
         self.scheduled = schedule is not None
         self._set = rate.now  # the rate that the momentum was last expressed in
+        self._total = 0.0  # the weight of the minibatch at hand
 
     def run_epoch(
         self, rows: Rows, feed: Any, order: NDArray[np.int64] | None, after_batch: Callable[[int], bool]
@@ -253,28 +254,21 @@ class Descent(Trainer):
     def _update_on(self, feed: Any, rows: int, cursor: int, total: float, weighted: bool) -> None:
         """One update on the minibatch, of weight ``total``, that ``feed`` has ready."""
         ops = self.net._ops
-        lr = self.rate.now
-        if self.scheduled:
-            lr = self.plateau_rate(self.schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
+        lr = self._scheduled_rate(self.schedule) if self.scheduled else self.rate.now
         ops.begin_step(lr, self.rounds, cursor, self._state)
         ops.write_state(self._state, {Slot.TOTAL_WEIGHT: total / self.objective.gradient_factor})
-        self.regularizer = self.objective.penalty(total)
+        self.regularizer, self._total = self.objective.penalty(total), total
         if weighted:  # every batch has a penalty of its own, which a recording would have in it
-            self._descend_on(feed, rows, total)
+            self._work_through(feed, rows)
         else:
-            self._recorder.run((rows, feed.key), lambda: self._descend_on(feed, rows, total))
+            self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
         self.rounds += 1
 
-    def _descend_on(self, feed: Any, rows: int, total: float) -> None:
-        """The passes and the rule. Queues operations, and looks at none."""
-        net, ops, state = self.net, self.net._ops, self._state
-        x, y, weight = feed.fetch(rows, state)
-        penalty = self.objective.penalty_value(total)
+    def _begin_cost(self, y: Array, w: Array | None) -> None:
+        """λΩ(θ) as scikit-learn counts it; what L is divided by is in the state already."""
+        penalty = self.objective.penalty_value(self._total)
         if penalty is not None:
-            ops.penalty(net._theta, self._penalised, penalty, state)
-        net._differentiate(x, y, weight, self.loss, self._workspace(rows), self._gb, self._sink, state, self._dropout)
-        self._update()
-        ops.finish_step(rows, state)
+            self.net._ops.penalty(self.net._theta, self._penalised, penalty, self._state)
 
     def _follow_rate(self) -> None:
         """Express the momentum in the rate that now holds.

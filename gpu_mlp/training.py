@@ -145,9 +145,8 @@ class Trainer:
 
     def _step(self, feed: Feed, rows: int, cursor: int, schedule: Schedule) -> None:
         """One update on the minibatch that ``feed`` has ready: all of it is recorded but for a few numbers."""
-        rate = self.plateau_rate(schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
         self._forget_other_recipes()
-        self.net._ops.begin_step(rate, self.rounds, cursor, self._state)
+        self.net._ops.begin_step(self._scheduled_rate(schedule), self.rounds, cursor, self._state)
         self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
         self.rounds += 1
 
@@ -155,12 +154,16 @@ class Trainer:
         """The passes over every micro-batch of a minibatch, then the rule. Queues operations, and looks at none."""
         net, ops, state = self.net, self.net._ops, self._state
         x, y, w = feed.fetch(rows, state)
-        ops.total_weight(self.loss, y, w, state)
-        if self.regularizer is not None:
-            ops.penalty(net._theta, self._penalised, self.regularizer, state)
+        self._begin_cost(y, w)
         net._differentiate(x, y, w, self.loss, self._workspace(rows), self._gb, self._sink, state, self._dropout)
         self._update()
         ops.finish_step(rows, state)
+
+    def _begin_cost(self, y: Array, w: Array | None) -> None:
+        """What a batch's L is divided by, and λΩ(θ) in its cost."""
+        self.net._ops.total_weight(self.loss, y, w, self._state)
+        if self.regularizer is not None:
+            self.net._ops.penalty(self.net._theta, self._penalised, self.regularizer, self._state)
 
     def _update(self) -> None:
         """Hand the gradient to the optimizer: all of it, or only the biases' where the weights have had theirs."""
@@ -181,6 +184,10 @@ class Trainer:
         net, rule = self.net, cast(SGD, self.optimizer)
         shadow = None if net._shadow is None else net._W[l]
         net._ops.descend(self._W[l], gz, h, rule, self.regularizer, shadow, self._state)
+
+    def _scheduled_rate(self, schedule: Schedule) -> float:
+        """The learning rate of the step at hand."""
+        return self.plateau_rate(schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
 
     def plateau_rate(self, rate: float) -> float:
         """``rate`` after the cuts that a plateau schedule has made."""
@@ -406,7 +413,7 @@ class Trainer:
         net, ops, state = self.net, self.net._ops, self._state
         ops.begin_step(0.0, round, cursor, state)
         x, y, w = feed.fetch(rows, state)
-        ops.total_weight(self.loss, y, w, state)
+        self._begin_cost(y, w)
         work = work or self._workspace(rows)
         for start in range(0, rows, work.rows):
             part = work.first(min(work.rows, rows - start))
@@ -417,8 +424,6 @@ class Trainer:
                     return f", first in layer {l}"
             chosen = slice(start, start + part.rows)
             net._add_loss(part, self.loss, y[chosen], None if w is None else w[chosen], state)
-        if self.regularizer is not None:
-            ops.penalty(net._theta, self._penalised, self.regularizer, state)
         return "" if math.isfinite(ops.read_state(state, Slot.COST)) else ", first in the loss"
 
 
