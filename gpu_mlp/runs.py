@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks, data, losses, optimizers, options, plots, schedules, tensorfile
+from .failures import DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
 from .network import MLP
@@ -25,7 +26,7 @@ from .options import TrainOptions
 from .preprocessing import Labels, Preprocessor, TargetScaler, infer_task
 from .readers import RawData
 from .regularizers import ElasticNet
-from .training import DeviceLost, Diverged, Trainer
+from .training import Trainer
 
 DEFAULT_DROPOUT, DEFAULT_SMOOTHING, DEFAULT_SCHEDULE = 0.3, 0.05, "cosine"
 DEFAULT_LR = {"adam": 2e-3, "adamw": 2e-3}
