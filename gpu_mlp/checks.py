@@ -9,6 +9,7 @@ import difflib
 import math
 import numbers
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,6 +77,29 @@ def _interval(minimum: float | None, maximum: float | None, open_minimum: bool, 
     left = "(-inf" if minimum is None else f"{'(' if open_minimum else '['}{minimum:g}"
     right = "inf)" if maximum is None else f"{maximum:g}{')' if open_maximum else ']'}"
     return f" in {left}, {right}"
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i)?)?b?", re.IGNORECASE)
+
+
+def size(argument: str, value: Any) -> int:
+    """``value`` as bytes: a positive integer, or text such as 512MiB (1024s) or 1.5GB (1000s)."""
+    if not isinstance(value, str):
+        return integer(argument, value, 1)
+    found = SIZE.fullmatch(value.strip())
+    if not found:
+        raise ValueError(f"{argument}: expected a size such as 512MiB or 2GiB, got {value!r}")
+    number, letter, binary = found.groups()
+    power = 0 if letter is None else "kmgt".index(letter.lower()) + 1
+    return integer(argument, int(float(number) * (1024 if binary else 1000) ** power), 1)
+
+
+def shown_size(count: int) -> str:
+    """So many bytes in words: 1.5 MiB, or 320 bytes."""
+    for power, letter in ((3, "G"), (2, "M"), (1, "K")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.4g} {letter}iB"
+    return f"{count} bytes"
 
 
 def boolean(argument: str, value: Any) -> bool:
