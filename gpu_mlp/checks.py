@@ -95,10 +95,10 @@ def size(argument: str, value: Any) -> int:
 
 
 def shown_size(count: int) -> str:
-    """So many bytes in words: 1.5 MiB, or 320 bytes."""
-    for power, letter in ((3, "G"), (2, "M"), (1, "K")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.4g} {letter}iB"
+    """A number of bytes in the unit that suits it."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
     return f"{count} bytes"
 
 
@@ -188,8 +188,8 @@ def finite(argument: str, array: np.ndarray) -> None:
         raise ValueError(f"{argument}: {_where(first)} is {array[tuple(first)]}; every value must be finite")
 
 
-def sample_weight(value: Any, rows: int) -> np.ndarray | None:
-    """``value`` as (rows,) finite float64 weights ≥ 0 that are not all 0, or None."""
+def sample_weight(value: Any, rows: int, whole: bool = True) -> np.ndarray | None:
+    """``value`` as (rows,) finite float64 weights ≥ 0, or None; of a ``whole`` data set not all are 0."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -200,6 +200,6 @@ def sample_weight(value: Any, rows: int) -> np.ndarray | None:
     finite("sample_weight", array)
     if (array < 0).any():
         raise ValueError(f"sample_weight: row {int(np.argmax(array < 0))} is negative ({array.min()})")
-    if rows and not array.any():
+    if whole and rows and not array.any():
         raise ValueError("sample_weight: every weight is 0; at least one must be positive")
     return array.astype(np.float64, copy=False)

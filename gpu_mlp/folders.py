@@ -42,7 +42,8 @@ def find(source: str, wanted: Wanted) -> list[Shard]:
 
     source: a folder of shards, or a file: .npz, .parquet, .csv, .tsv, or .npy with y in the file ``target``, or both as
     ``"x.npy,y.npy"``. In a folder ``manifest.json`` lists the shards, else all files of the one kind that is there are
-    taken in the order of their names. In a folder of .npy files x is in ``x.npy`` or ``x-NAME.npy``, y in ``y-NAME.npy``.
+    taken in the order of their names. In a folder of .npy files x is in ``x.npy`` or ``x-NAME.npy``, y in ``y-NAME.npy``
+    (or with the prefix ``target``).
     """
     pair = source.split(",")
     if len(pair) == 2 and all(part.strip().lower().endswith(".npy") for part in pair) and not os.path.exists(source):
@@ -111,13 +112,10 @@ def _shard_in(folder: Path, name: str, wanted: Wanted) -> Shard:
         raise ValueError(f"{path}: in a folder of .npy files x is called x.npy or x-NAME.npy, and y y-NAME.npy")
     others: list[Path | None] = []
     for argument, other in (("target", wanted.target or "y"), ("sample_weight", wanted.weight)):
-        companion = None if other is None else folder / (other + rest)
-        missing = companion is not None and not companion.exists()
-        if missing and argument == "target" and not wanted.require_target:
-            companion = None
-        elif missing:
+        there = other is not None and (folder / (other + rest)).exists()
+        if other is not None and not there and (wanted.require_target or argument != "target"):
             raise ValueError(f"{path}: {argument}: there is no {other + rest} beside it")
-        others.append(None if companion is None else _inside(folder, companion.name))
+        others.append(_inside(folder, other + rest) if other is not None and there else None)
     return npy_shard([path, *others])
 
 

@@ -44,6 +44,12 @@ class Piece(NamedTuple):
         """The number of rows."""
         return len(self.x if isinstance(self.x, np.ndarray) else next(iter(self.x.values())))
 
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """x, y and the weights of a piece that has been prepared for a network."""
+        assert isinstance(self.x, np.ndarray)
+        assert self.y is not None
+        return self.x, self.y, self.w
+
     def rows(self, chosen: slice) -> Piece:
         """Some of the rows, as views."""
         x = self.x[chosen] if isinstance(self.x, np.ndarray) else {k: column[chosen] for k, column in self.x.items()}
@@ -76,7 +82,7 @@ class File:
 
     def read_at(self, offset: int, out: NDArray[Any]) -> None:
         """Fill a contiguous array with the bytes from ``offset`` on."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = memoryview(out.reshape(-1).view(np.uint8).data)
         with self.open() as stream:
             stream.seek(offset)
             while view:
@@ -123,14 +129,16 @@ class Shard(abc.ABC):
 
     @abc.abstractmethod
     def bounds(self, chunk_rows: int) -> list[int]:
-        """The first row of every chunk, and at the end ``rows``: chunks of ``chunk_rows`` where the format allows it."""
+        """The first row of every chunk, then ``rows``; chunks of ``chunk_rows`` rows where the format allows that."""
 
     @abc.abstractmethod
     def read(self, start: int, stop: int) -> Piece:
         """The rows from ``start`` to ``stop``, which lie within one chunk."""
 
-    def will_need(self, start: int, stop: int) -> None:
-        """The rows are about to be read."""
+    def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
+        """Which bytes these rows are read from: (file, offset, count); all of them where nothing better is known."""
+        for file in self.files:
+            yield file, 0, file.size
 
 
 def even_bounds(rows: int, chunk_rows: int) -> list[int]:
@@ -163,9 +171,9 @@ class Field:
         self._file.read_at(self._offset + start * self.row_bytes, out)
         return out.astype(self.dtype.newbyteorder("="), copy=False)
 
-    def will_need(self, start: int, stop: int) -> None:
-        """The rows are about to be read."""
-        self._file.will_need(self._offset + start * self.row_bytes, (stop - start) * self.row_bytes)
+    def extent(self, start: int, stop: int) -> tuple[File, int, int]:
+        """Which bytes some rows are: (file, offset, count)."""
+        return self._file, self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
 
 
 class ArrayShard(Shard):
@@ -186,10 +194,8 @@ class ArrayShard(Shard):
         assert x is not None
         return array_piece(x, y, w, f"{self.path}, rows {start} to {stop - 1}")
 
-    def will_need(self, start: int, stop: int) -> None:
-        for field in self._fields:
-            if field is not None:
-                field.will_need(start, stop)
+    def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
+        return (field.extent(start, stop) for field in self._fields if field is not None)
 
 
 class PackedShard(Shard):

@@ -1,4 +1,4 @@
-"""Data sets larger than memory: the order of their rows, and the buffers of them that threads fill ahead of the training.
+"""Data sets larger than memory: the order of their rows, and the buffers that threads fill ahead of the training.
 
 Leans on `folders` and `shards` for the files. The order of the rows is a function of the data set, the seed, the epoch
 and ``buffer_rows``, and of nothing else: not of the memory, not of how many threads read, not of when they are done.
@@ -12,7 +12,7 @@ import copy
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -63,10 +63,10 @@ class Stream:
             checks.integer("buffer_rows", buffer_rows, 1)
         if chunk_rows is not None:
             checks.integer("chunk_rows", chunk_rows, 1)
-        names = (None if name is None else os.fspath(name) for name in (target, sample_weight))
-        self.shards: list[Shard] = folders.find(self.source, folders.Wanted(*names, require_target))
+        column, weight = (None if name is None else os.fspath(name) for name in (target, sample_weight))
+        self.shards: list[Shard] = folders.find(self.source, folders.Wanted(column, weight, require_target))
         self._first = np.cumsum([0, *(shard.rows for shard in self.shards)])
-        self._preparation: Preparation = as_matrix
+        self.preparation: Preparation = as_matrix
         self._settle(chunks_of(self.shards, chunk_rows))
         self.row_bytes = max(shard.row_bytes for shard in self.shards)
         per_row = max(self.row_bytes, 4 * self.width)
@@ -152,7 +152,7 @@ class Stream:
     def prepared(self, preparation: Preparation) -> Stream:
         """The same rows, each piece of them put through a function on its way in; threads call it side by side."""
         other = copy.copy(self)
-        other._preparation = preparation
+        other.preparation = preparation
         return other
 
     # --- reading ---
@@ -166,7 +166,7 @@ class Stream:
         """The rows of a chunk, prepared; BrokenData, naming the file and the rows, for whatever is wrong with them."""
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
         try:
-            return self._preparation(shard.read(start, stop))
+            return self.preparation(shard.read(start, stop))
         except (ValueError, TypeError, OSError) as error:
             text = " ".join(str(error).split())
             rows = "" if str(shard.path) in text else f"{shard.path}, counted from row {start}: "
@@ -181,7 +181,8 @@ class Stream:
     def will_need(self, chunk: int) -> None:
         """A chunk is about to be read."""
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
-        shard.will_need(start, stop)
+        for file, offset, count in shard.extents(start, stop):
+            file.will_need(offset, count)
 
     @property
     def piece_bytes(self) -> int:
@@ -217,9 +218,9 @@ class Stream:
                 "in smaller row groups or shards"
             )
 
-    def buffers(self) -> Buffers:
+    def ahead(self) -> ReadAhead:
         """What fills buffers in the order of an epoch."""
-        return Buffers(self)
+        return ReadAhead(self)
 
 
 def as_matrix(piece: Piece) -> Piece:
@@ -245,8 +246,8 @@ class Order:
 
     def __init__(self, chunks: NDArray[np.int64], buffer_rows: int, seed: int | None, epoch: int) -> None:
         self._chunks, self._seed, self._epoch = chunks, seed, epoch
-        self.turn = np.arange(len(chunks)) if seed is None else _generator(seed, CHUNKS_STREAM, epoch).permutation(
-            len(chunks)
+        self.turn = (
+            np.arange(len(chunks)) if seed is None else _generator(seed, CHUNKS_STREAM, epoch).permutation(len(chunks))
         )
         lengths = (chunks[self.turn, 1] - chunks[self.turn, 0]).tolist()
         self.cuts, self.first, filled = [0], [0], 0
@@ -294,13 +295,13 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
 class _Slot:
     """The memory of one buffer, and what is being read into it."""
 
-    def __init__(self, parts: Piece, rows: int) -> None:
-        self.parts = [None if a is None else np.empty((rows, *a.shape[1:]), a.dtype) for a in parts]
+    def __init__(self, like: Sequence[NDArray[Any] | None], rows: int) -> None:
+        self.parts = [None if a is None else np.empty((rows, *a.shape[1:]), a.dtype) for a in like]
         self.permutation: Future[NDArray[np.int64]]
         self.reading: list[Future[None]] = []
 
 
-class Buffers:
+class ReadAhead:
     """The buffers of an epoch, which threads fill while the rows of the one before are trained on.
 
     Every chunk of a buffer is a task of its own, which waits for nothing: whatever order they end in, the same bytes
@@ -309,15 +310,16 @@ class Buffers:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self.like = stream.piece(0)  # the dtypes and widths of all pieces
+        self.like = stream.piece(0).arrays()  # the dtypes and widths of all pieces
         capacity = min(stream.n, max(stream.buffer_rows, stream.largest_chunk))
-        row = sum(a[:1].nbytes for a in self.like if isinstance(a, np.ndarray))
+        row = sum(a[:1].nbytes for a in self.like if a is not None)
         threads = stream.threads()
         room = stream.memory - threads * stream.piece_bytes
         needed = 1 if capacity == stream.n else 2
         wanted = min(MOST_BUFFERS, 1 - (-stream.n // capacity)) if needed > 1 else 1
         stream._require(
-            threads * stream.piece_bytes + needed * capacity * row, f"{needed} buffers of {capacity} rows and what fills them"
+            threads * stream.piece_bytes + needed * capacity * row,
+            f"{needed} buffers of {capacity} rows and what fills them",
         )
         count = max(needed, min(wanted, room // max(1, capacity * row)))
         self._slots = [_Slot(self.like, capacity) for _ in range(count)]
@@ -334,13 +336,16 @@ class Buffers:
     def begin(self, order: Order, cursor: int = 0) -> None:
         """Begin to read for an epoch in this order, from row number ``cursor`` of it on."""
         self.close()
+        if cursor >= order.first[-1]:
+            cursor = order.first[-1] - 1  # nothing is left; a look back may follow
         self._order, self._pool = order, ThreadPoolExecutor(self._threads, "gpu-mlp-stream")
         self._advance(order.buffer_at(cursor))
 
-    def take(self, cursor: int, rows: int, outs: list[NDArray[Any] | None]) -> None:
-        """Write ``rows`` rows of the epoch from number ``cursor`` on to the arrays for x, y and the weights."""
+    def take(self, cursor: int, outs: list[NDArray[Any] | None]) -> None:
+        """Fill the arrays for x, y and the weights with the rows of the epoch from number ``cursor`` on."""
         order, done = self._order, 0
         assert order is not None  # begin comes first
+        rows = next(len(out) for out in outs if out is not None)
         while done < rows:
             buffer = order.buffer_at(cursor + done)
             slot = self._ready(buffer)
@@ -353,10 +358,9 @@ class Buffers:
 
     def _ready(self, buffer: int) -> _Slot:
         """The slot of a buffer, once all of it is there."""
-        if buffer not in self._window:
-            order = self._order
-            assert order is not None
-            self.begin(order, order.first[buffer])  # a look back, beyond what is still there
+        assert self._order is not None
+        if self._pool is None or buffer not in self._window:
+            self.begin(self._order, self._order.first[buffer])  # a look back, beyond what is still there
         self._advance(buffer)
         slot = self._slots[buffer % len(self._slots)]
         for reading in slot.reading:
@@ -391,7 +395,7 @@ class Buffers:
                 self._stream.will_need(chunk)
 
     def _read(self, chunk: int, slot: _Slot, at: int) -> None:
-        for part, out in zip(self._stream.piece(chunk), slot.parts):
+        for part, out in zip(self._stream.piece(chunk).arrays(), slot.parts):
             if part is not None and out is not None:
                 if part.shape[1:] != out.shape[1:]:
                     raise BrokenData(f"{self._stream.source}: pieces of {part.shape[1:]} and {out.shape[1:]} columns")
@@ -400,5 +404,5 @@ class Buffers:
     def close(self) -> None:
         """Stop reading, and wait for the reads that are under way."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool, self._order, self._window = None, None, range(0)
+            self._pool.shutdown(wait=True, cancel_futures=True)  # the tasks wait for nothing, so this ends
+        self._pool, self._window = None, range(0)

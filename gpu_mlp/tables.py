@@ -92,6 +92,12 @@ class ParquetShard(_Table):
     def bounds(self, chunk_rows: int) -> list[int]:
         return self._first
 
+    def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
+        group = self._metadata.row_group(self._groups[bisect.bisect_right(self._first, start) - 1])
+        columns = [group.column(j) for j in range(group.num_columns)]
+        offsets = [c.dictionary_page_offset or c.data_page_offset for c in columns]
+        yield self.files[0], min(offsets), sum(c.total_compressed_size for c in columns)
+
     def read(self, start: int, stop: int) -> Piece:
         at = bisect.bisect_right(self._first, start) - 1
         with self.files[0].open() as stream, readers._decoder(self.path, "Parquet"):
@@ -197,6 +203,10 @@ class CsvShard(_Table):
 
     def bounds(self, chunk_rows: int) -> list[int]:
         return self._first
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
+        at = bisect.bisect_right(self._first, start) - 1
+        yield self.files[0], self._places[at], self._places[at + 1] - self._places[at]
 
     def read(self, start: int, stop: int) -> Piece:
         at = bisect.bisect_right(self._first, start) - 1
