@@ -1,8 +1,8 @@
 """How minibatches reach the operations: from a data set that lives on the device, or through it from host or disk.
 
 Leans on the operations for gathering and staging, and on `streams` for what is read from a disk. A feed puts one
-minibatch after the other into buffers that stay where they are, so that a step can be recorded; the order of the samples
-in an array is the same whichever feed it is.
+minibatch after the other into buffers that stay where they are, so that a step can be recorded; the order of the
+samples in an array is the same whichever feed it is.
 """
 
 from __future__ import annotations
@@ -164,12 +164,19 @@ class Streamed:
         return [staging for staging in self._slots[slot] if staging is not None]
 
     def fetch(self, rows: int, state: Array) -> Parts:
-        """The minibatch that has just been received, cast; queues operations alone."""
-        batch = self._buffers.first(rows)
-        for staging, out in zip(self._slots[self.key], batch):
-            if staging is not None:
-                self._ops.gather(staging.device[:rows], None, out)
-        return batch
+        """The minibatch that has just been received, cast where it has to be; queues operations alone."""
+        x, y, w = map(self._cast, self._slots[self.key], self._buffers.first(rows))
+        return x, y, w
+
+    def _cast(self, staging: Staging | None, out: Array | None) -> Array | None:
+        """What was received, in the type of ``out``: there, or where it is."""
+        if staging is None or out is None:
+            return None
+        received = staging.device[: len(out)]
+        if received.dtype == out.dtype:
+            return received
+        self._ops.gather(received, None, out)
+        return out
 
 
 class FromDisk(Streamed):

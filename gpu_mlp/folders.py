@@ -42,8 +42,8 @@ def find(source: str, wanted: Wanted) -> list[Shard]:
 
     source: a folder of shards, or a file: .npz, .parquet, .csv, .tsv, or .npy with y in the file ``target``, or both as
     ``"x.npy,y.npy"``. In a folder ``manifest.json`` lists the shards, else all files of the one kind that is there are
-    taken in the order of their names. In a folder of .npy files x is in ``x.npy`` or ``x-NAME.npy``, y in ``y-NAME.npy``
-    (or with the prefix ``target``).
+    taken in the order of their names. In a folder of .npy files x is in ``x.npy`` or ``x-NAME.npy``, and y in ``y.npy``
+    or ``y-NAME.npy``, or with the prefix ``target``.
     """
     pair = source.split(",")
     if len(pair) == 2 and all(part.strip().lower().endswith(".npy") for part in pair) and not os.path.exists(source):

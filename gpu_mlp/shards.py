@@ -57,6 +57,10 @@ class Piece(NamedTuple):
         return Piece(x, y, w)
 
 
+Room = Sequence["NDArray[Any] | None"]  # for x, y and the weights
+NOWHERE: Room = (None, None, None)
+
+
 class File:
     """A regular file, which has to be the same whenever it is looked into again."""
 
@@ -132,8 +136,8 @@ class Shard(abc.ABC):
         """The first row of every chunk, then ``rows``; chunks of ``chunk_rows`` rows where the format allows that."""
 
     @abc.abstractmethod
-    def read(self, start: int, stop: int) -> Piece:
-        """The rows from ``start`` to ``stop``, which lie within one chunk."""
+    def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
+        """The rows from ``start`` to ``stop``, which lie within one chunk; ``into`` may be used for them."""
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
         """Which bytes these rows are read from: (file, offset, count); all of them where nothing better is known."""
@@ -165,9 +169,11 @@ class Field:
         self._file, self._offset = file, offset + stream.tell()
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Rows in native byte order."""
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+    def read(self, start: int, stop: int, into: NDArray[Any] | None) -> NDArray[Any]:
+        """Rows in native byte order; in ``into``, where they fit there as they are."""
+        shape = (stop - start, *self.shape[1:])
+        fits = into is not None and into.dtype == self.dtype and into.shape == shape and into.flags.c_contiguous
+        out = into if into is not None and fits else np.empty(shape, self.dtype)
         self._file.read_at(self._offset + start * self.row_bytes, out)
         return out.astype(self.dtype.newbyteorder("="), copy=False)
 
@@ -189,8 +195,8 @@ class ArrayShard(Shard):
     def bounds(self, chunk_rows: int) -> list[int]:
         return even_bounds(self.rows, chunk_rows)
 
-    def read(self, start: int, stop: int) -> Piece:
-        x, y, w = (None if field is None else field.read(start, stop) for field in self._fields)
+    def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
+        x, y, w = (None if field is None else field.read(start, stop, out) for field, out in zip(self._fields, into))
         assert x is not None
         return array_piece(x, y, w, f"{self.path}, rows {start} to {stop - 1}")
 
@@ -219,7 +225,7 @@ class PackedShard(Shard):
     def bounds(self, chunk_rows: int) -> list[int]:
         return [0, self.rows]
 
-    def read(self, start: int, stop: int) -> Piece:
+    def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         with self.files[0].open() as stream:
             arrays = readers.Npz(stream, str(self.path))
             x, y, w = (None if key is None else arrays[key] for key in self._keys)

@@ -24,7 +24,7 @@ from . import checks, folders
 from .data import SPLIT_STREAM
 from .failures import BrokenData
 from .readers import PathLike
-from .shards import Piece, Shard, chunks_of
+from .shards import NOWHERE, Piece, Room, Shard, chunks_of
 
 BUFFER_BYTES = 64 << 20  # of the rows that are shuffled among each other, where ``buffer_rows`` is not given
 CHUNKS_STREAM, BUFFER_STREAM = 3, 4  # beside the random streams of `data`
@@ -162,11 +162,14 @@ class Stream:
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
         return shard.read(start, stop)
 
-    def piece(self, chunk: int) -> Piece:
-        """The rows of a chunk, prepared; BrokenData, naming the file and the rows, for whatever is wrong with them."""
+    def piece(self, chunk: int, into: Room = NOWHERE) -> Piece:
+        """The rows of a chunk, prepared; they may be in ``into`` then.
+
+        BrokenData, naming the file and the rows, for whatever is wrong with them.
+        """
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
         try:
-            return self.preparation(shard.read(start, stop))
+            return self.preparation(shard.read(start, stop, into))
         except (ValueError, TypeError, OSError) as error:
             text = " ".join(str(error).split())
             rows = "" if str(shard.path) in text else f"{shard.path}, counted from row {start}: "
@@ -395,11 +398,13 @@ class ReadAhead:
                 self._stream.will_need(chunk)
 
     def _read(self, chunk: int, slot: _Slot, at: int) -> None:
-        for part, out in zip(self._stream.piece(chunk).arrays(), slot.parts):
-            if part is not None and out is not None:
-                if part.shape[1:] != out.shape[1:]:
-                    raise BrokenData(f"{self._stream.source}: pieces of {part.shape[1:]} and {out.shape[1:]} columns")
-                out[at : at + len(part)] = part
+        start, stop = self._stream.chunks[chunk].tolist()
+        room = [None if part is None else part[at : at + stop - start] for part in slot.parts]
+        for part, out in zip(self._stream.piece(chunk, room).arrays(), room):
+            if part is not None and out is not None and part.ctypes.data != out.ctypes.data:
+                if part.shape != out.shape:
+                    raise BrokenData(f"{self._stream.source}: {part.shape} values where {out.shape} were expected")
+                out[...] = part
 
     def close(self) -> None:
         """Stop reading, and wait for the reads that are under way."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from . import readers
 from .readers import Columns
-from .shards import CHUNK_BYTES, LEAST_CHUNKS, File, Piece, Shard
+from .shards import CHUNK_BYTES, LEAST_CHUNKS, NOWHERE, File, Piece, Room, Shard
 
 LINE_BYTES = 1 << 24  # a longer line is no table's
 
@@ -98,7 +98,7 @@ class ParquetShard(_Table):
         offsets = [c.dictionary_page_offset or c.data_page_offset for c in columns]
         yield self.files[0], min(offsets), sum(c.total_compressed_size for c in columns)
 
-    def read(self, start: int, stop: int) -> Piece:
+    def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         at = bisect.bisect_right(self._first, start) - 1
         with self.files[0].open() as stream, readers._decoder(self.path, "Parquet"):
             parquet = self._arrow.parquet.ParquetFile(stream, metadata=self._metadata)
@@ -208,7 +208,7 @@ class CsvShard(_Table):
         at = bisect.bisect_right(self._first, start) - 1
         yield self.files[0], self._places[at], self._places[at + 1] - self._places[at]
 
-    def read(self, start: int, stop: int) -> Piece:
+    def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         at = bisect.bisect_right(self._first, start) - 1
         data = np.empty(self._places[at + 1] - self._places[at], np.uint8)
         self.files[0].read_at(self._places[at], data)
