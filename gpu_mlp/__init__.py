@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .averaging import EMA
-from .failures import DeviceLost, Diverged
+from .failures import BrokenData, DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .losses import (
     MAE,
@@ -43,6 +43,7 @@ from .schedules import (
     StepDecay,
     Warmup,
 )
+from .streams import Stream
 from .training import Trainer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "BinaryCrossEntropy",
+    "BrokenData",
     "Constant",
     "Cosine",
     "CrossEntropy",
@@ -89,6 +91,7 @@ __all__ = [
     "RMSprop",
     "ReduceOnPlateau",
     "StepDecay",
+    "Stream",
     "Trainer",
     "Warmup",
 ]
