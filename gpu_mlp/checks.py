@@ -31,6 +31,12 @@ def choice(argument: str, name: Any, known: Iterable[str]) -> str:
     return name
 
 
+def brief(found: Any, most: int = 300) -> str:
+    """A stranger's text, or an error about it, as one line of bounded length that can be printed anywhere."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(found)[: 2 * most].split()))
+    return text if len(text) <= most else text[:most] + "…"
+
+
 def integer(argument: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
     """``value`` as an int within the bounds (both included)."""
     if isinstance(value, (bool, np.bool_)):
