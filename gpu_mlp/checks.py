@@ -6,6 +6,7 @@ A leaf: imports NumPy alone, and every room may lean on it.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import numbers
 import operator
@@ -17,7 +18,8 @@ import numpy as np
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'relu'?` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    few = itertools.islice(known, 2000)  # a table from a stranger may have a million
+    close = difflib.get_close_matches(str(name).lower(), few, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
