@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .failures import DeviceLost, Diverged
+from .failures import BrokenData, DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .losses import (
     MAE,
@@ -42,6 +42,7 @@ from .schedules import (
     StepDecay,
     Warmup,
 )
+from .streams import Stream
 from .training import Trainer
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "BinaryCrossEntropy",
+    "BrokenData",
     "Constant",
     "Cosine",
     "CrossEntropy",
@@ -87,6 +89,7 @@ __all__ = [
     "RMSprop",
     "ReduceOnPlateau",
     "StepDecay",
+    "Stream",
     "Trainer",
     "Warmup",
 ]

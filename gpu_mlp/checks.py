@@ -10,6 +10,7 @@ import itertools
 import math
 import numbers
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,6 +85,29 @@ def _interval(minimum: float | None, maximum: float | None, open_minimum: bool, 
     left = "(-inf" if minimum is None else f"{'(' if open_minimum else '['}{minimum:g}"
     right = "inf)" if maximum is None else f"{maximum:g}{')' if open_maximum else ']'}"
     return f" in {left}, {right}"
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i)?)?b?", re.IGNORECASE)
+
+
+def size(argument: str, value: Any) -> int:
+    """``value`` as bytes: a positive integer, or text such as 512MiB (1024s) or 1.5GB (1000s)."""
+    if not isinstance(value, str):
+        return integer(argument, value, 1)
+    found = SIZE.fullmatch(value.strip())
+    if not found:
+        raise ValueError(f"{argument}: expected a size such as 512MiB or 2GiB, got {value!r}")
+    number, letter, binary = found.groups()
+    power = 0 if letter is None else "kmgt".index(letter.lower()) + 1
+    return integer(argument, int(float(number) * (1024 if binary else 1000) ** power), 1)
+
+
+def shown_size(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def boolean(argument: str, value: Any) -> bool:
@@ -172,8 +196,8 @@ def finite(argument: str, array: np.ndarray) -> None:
         raise ValueError(f"{argument}: {_where(first)} is {array[tuple(first)]}; every value must be finite")
 
 
-def sample_weight(value: Any, rows: int) -> np.ndarray | None:
-    """``value`` as (rows,) finite float64 weights ≥ 0 that are not all 0, or None."""
+def sample_weight(value: Any, rows: int, whole: bool = True) -> np.ndarray | None:
+    """``value`` as (rows,) finite float64 weights ≥ 0, or None; of a ``whole`` data set not all are 0."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -184,6 +208,6 @@ def sample_weight(value: Any, rows: int) -> np.ndarray | None:
     finite("sample_weight", array)
     if (array < 0).any():
         raise ValueError(f"sample_weight: row {int(np.argmax(array < 0))} is negative ({array.min()})")
-    if rows and not array.any():
+    if whole and rows and not array.any():
         raise ValueError("sample_weight: every weight is 0; at least one must be positive")
     return array.astype(np.float64, copy=False)

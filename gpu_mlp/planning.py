@@ -33,19 +33,15 @@ class Plan:
     def summary(self) -> str:
         """The total and its largest parts, in a line."""
         largest = sorted(self.parts.items(), key=lambda item: -item[1])[:3]
-        return f"{size(self.total)} planned, {', '.join(f'{name} {size(count)}' for name, count in largest)}"
+        parts = ", ".join(f"{name} {checks.shown_size(count)}" for name, count in largest)
+        return f"{checks.shown_size(self.total)} planned, {parts}"
 
     def lines(self) -> dict[str, str]:
         """Every part that takes memory, and the total, for a table."""
-        return {**{name: size(count) for name, count in self.parts.items() if count}, "in all": size(self.total)}
-
-
-def size(count: int) -> str:
-    """A number of bytes in the unit that suits it."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"
+        return {
+            **{name: checks.shown_size(count) for name, count in self.parts.items() if count},
+            "in all": checks.shown_size(self.total),
+        }
 
 
 def plan_memory(

@@ -122,7 +122,7 @@ def load_digits() -> RawData:
     """The UCI optical digits that ship in the package: x (1797, 64) uint8 of 0..16, y (1797,) uint8 of 0..9."""
     resource = importlib.resources.files("gpu_mlp") / "datasets" / "digits.npz"
     with resource.open("rb") as stream:  # a stream and not a path: the package may lie inside a zip
-        arrays = _Npz(stream, "digits.npz")
+        arrays = Npz(stream, "digits.npz")
         return RawData(arrays["x"], arrays["y"], name="digits")
 
 
@@ -414,7 +414,7 @@ class _Directory:
         return self._stream.read(size)
 
 
-class _Npz:
+class Npz:
     """The arrays of an NPZ stream by key, each read when it is asked for; nothing is ever unpickled."""
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
@@ -465,19 +465,25 @@ class _Npz:
 
 def _read_npz(file: Path, target: str | None, require_target: bool) -> RawData:
     with file.open("rb") as stream:
-        arrays = _Npz(stream, str(file))
+        arrays = Npz(stream, str(file))
         x_train = arrays.one_of(("x_train", "X_train"))
         if x_train is not None and target in (None, "y_train"):
             return _npz_parts(arrays, x_train, file.name, require_target)
-        y_key = _npz_target(arrays, target, require_target)
-        others = [key for key in arrays.members if key != y_key]
-        x_key = arrays.one_of(key for key in X_KEYS if key != y_key) or (others[0] if len(others) == 1 else None)
-        if x_key is None:
-            raise ValueError(f"{file}: no array to be x is called {', '.join(X_KEYS)} ({arrays.keys()})")
+        x_key, y_key = npz_keys(arrays, target, require_target)
         return arrays.part(x_key, y_key, file.name)
 
 
-def _npz_target(arrays: _Npz, target: str | None, require_target: bool) -> str | None:
+def npz_keys(arrays: Npz, target: str | None, require_target: bool, *others: str) -> tuple[str, str | None]:
+    """The keys of x and y, without ``others``; that of y is None where there is none and none is required."""
+    y_key = _npz_target(arrays, target, require_target)
+    left = [key for key in arrays.members if key not in (y_key, *others)]
+    x_key = arrays.one_of(key for key in X_KEYS if key in left) or (left[0] if len(left) == 1 else None)
+    if x_key is None:
+        raise ValueError(f"{arrays.where}: no array to be x is called {', '.join(X_KEYS)} ({arrays.keys()})")
+    return x_key, y_key
+
+
+def _npz_target(arrays: Npz, target: str | None, require_target: bool) -> str | None:
     """The key of y: ``target``, or the one that is called so; None where there is none and none is required."""
     if target in arrays.members:
         return target
@@ -488,7 +494,7 @@ def _npz_target(arrays: _Npz, target: str | None, require_target: bool) -> str |
     return key
 
 
-def _npz_parts(arrays: _Npz, x_train: str, name: str, require_target: bool) -> RawData:
+def _npz_parts(arrays: Npz, x_train: str, name: str, require_target: bool) -> RawData:
     """x_train, y_train, and as the test part x_test, y_test."""
     y_train, y_test = (key if key in arrays.members else None for key in ("y_train", "y_test"))
     if y_train is None and require_target:

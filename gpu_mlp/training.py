@@ -10,16 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-from numpy.typing import NDArray
-
 from . import checks, losses, optimizers, regularizers, schedules
 from . import metrics as merits
 from .failures import DeviceLost as DeviceLost
 from .failures import Diverged as Diverged
-from .feeding import Feed, Single
+from .feeding import Feed, Parts, Single
 from .fitting import LOOK_EVERY, Callback, Fit
 from .history import EarlyStopping, History
 from .losses import Loss
+from .metrics import Metric
 from .network import MLP
 from .notices import say_once
 from .ops.interface import Array, Dropout, Recorder, Slot
@@ -28,6 +27,8 @@ from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
 from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
+from .shards import Piece
+from .streams import Stream
 from .workspace import Workspace
 
 ADVICE = "a lower learning rate or clip_norm helps in most cases"
@@ -171,10 +172,10 @@ class Trainer:
 
     def fit(
         self,
-        data: Sequence[Any],
+        data: Sequence[Any] | Stream,
         epochs: int = 20,
         batch_size: int = 128,
-        validation: Sequence[Any] | float | None = None,
+        validation: Sequence[Any] | Stream | float | None = None,
         progress: bool = True,
         shuffle: bool = True,
         callbacks: Sequence[Callback] = (),
@@ -195,21 +196,60 @@ class Trainer:
         x, y and the weights may lie on the GPU (CuPy arrays, or anything with ``__cuda_array_interface__`` or DLPack):
         they are used where they are. From the host, a data set that fits the GPU's memory is copied there; a larger one
         streams through it, in the same order.
+
+        A `Stream` is a data set on the disk, larger than memory: its rows are shuffled by chunks and within a buffer,
+        and a fraction of it that is held out is held out by chunks (`Stream.split`). BrokenData where a file cannot be
+        read on; the network then holds the weights from the end of the last whole epoch.
         """
         fit = Fit(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
         return fit.run(checks.boolean("progress", progress))
 
     def evaluate(
-        self, x: Any, y: Any, sample_weight: Any = None, metrics: Sequence[str] | None = None
+        self, x: Any, y: Any = None, sample_weight: Any = None, metrics: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`."""
+        """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`.
+
+        x may be a `Stream`, which has its own targets and weights: it is read piece by piece.
+        """
+        if isinstance(x, Stream):
+            if y is not None or sample_weight is not None:
+                raise ValueError("y, sample_weight: a stream has its own; give it alone")
+            stream = self._checked(x)
+            labels = stream.piece(0).y.ndim == 1  # type: ignore[union-attr]  # it has been checked
+            return self._evaluate(stream, merits.chosen(metrics, self.loss.name, self.net.sizes[-1], labels))
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
         names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], y.ndim == 1)
-        return self._evaluate(x, y, w, names)
+        return self._evaluate((x, y, w), names)
 
-    def _evaluate(self, x: NDArray[Any], y: Array, w: Array | None, names: Sequence[str]) -> dict[str, float]:
+    def _checked(self, stream: Stream) -> Stream:
+        """A stream whose every piece is checked as arrays are, by the threads that read it."""
+        prepare = stream.preparation
+
+        def check(piece: Piece) -> Piece:
+            piece = prepare(piece)
+            if piece.y is None:
+                raise ValueError("no target; name it with target=")
+            x, y, _, _ = self.net._check_host(piece.x, piece.y, None, self.loss)
+            return Piece(x, y, checks.sample_weight(piece.w, len(x), whole=False))
+
+        return stream.prepared(check)
+
+    def _evaluate(self, dataset: Parts | Stream, names: Sequence[str]) -> dict[str, float]:
+        """L and the metrics on data that have been checked."""
+        ops = self.net._ops
+        figures = [merits.make(name, self.loss.name, self.net.sizes[-1]) for name in names]
+        pieces = (piece.arrays() for piece in dataset.pieces()) if isinstance(dataset, Stream) else [dataset]
+        mean = total = 0.0
+        for x, y, w in pieces:
+            loss = self._evaluate_piece(x, ops.to_device(y), None if w is None else ops.to_device(w), figures)
+            weight = ops.read_state(self.net._state, Slot.TOTAL_WEIGHT)
+            total += weight
+            mean += (loss - mean) * (weight / total if total else 0.0)
+        return {"loss": mean, **{figure.name: figure.value() for figure in figures}}
+
+    def _evaluate_piece(self, x: Array, y: Array, w: Array | None, figures: Sequence[Metric]) -> float:
+        """L on some rows, which are added to the figures."""
         net, ops = self.net, self.net._ops
-        figures = [merits.make(name, self.loss.name, net.sizes[-1]) for name in names]
         from_z = net.fuses(self.loss)
         net._begin(self.loss, y, w)
         for rows, work in net._predict(x, from_z):
@@ -219,7 +259,7 @@ class Trainer:
                 ops.activate(net._f[-1], work.h[-1], work.h[-1])
             for figure in figures:
                 figure.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
-        return {"loss": ops.read_state(net._state, Slot.COST), **{figure.name: figure.value() for figure in figures}}
+        return ops.read_state(net._state, Slot.COST)
 
     # --- inside ---
 

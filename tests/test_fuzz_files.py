@@ -9,10 +9,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
-import textwrap
 import time
 import tracemalloc
 import zipfile
@@ -53,54 +53,51 @@ def test_damage_is_the_same_in_every_run():
     assert mutation(5, 3, files)[1] != mutation(5, 4, files)[1]
 
 
-BAD_READERS = {
-    "crashes": ("os.abort()", "the process died of SIGABRT"),
-    "raises another error": ("raise KeyError('x')", "KeyError: 'x'"),
-    "says nothing of the file": ("raise ValueError('no')", "a message that does not name the file: 'no'"),
-    "takes memory": ("bytearray(b'x') * 2**26", "took 6[0-9] MiB for a file of"),
-    "takes time": ("sum(range(10**8))", r"took [0-9.]+ s"),
-    "runs out of memory": ("bytearray(2**33)", "MemoryError"),
-}
+BAD_READERS = [
+    ("os.abort()", "the process died of SIGABRT"),
+    ("raise KeyError('x')", "KeyError: 'x'"),
+    ("raise ValueError('no')", "a message that does not name the file: 'no'"),
+    ("bytearray(b'x') * 2**26", "took 6[0-9] MiB for a file of"),
+    ("sum(range(10**8))", r"took [0-9.]+ s"),
+    ("bytearray(2**33)", "MemoryError"),
+]
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from fuzz_files import Fuzzer
+from gpu_mlp import readers
+
+def read(file, target):
+    if str(file).startswith("damaged"):
+        exec(Path("fault").read_text())
+    return readers.load_digits()
+
+readers.read = read
+if __name__ == "__main__":
+    folder, *faults = sys.argv[1:]
+    with Fuzzer(Path(folder)) as fuzzer:
+        number = next(n for n, sample in enumerate(fuzzer.files) if sample.kind == "csv")
+        for fault in faults:
+            (Path(folder) / "fault").write_text(fault)
+            fuzzer.run(range(number, number + 1))
+        print(*fuzzer.tallies["csv"].findings, sep="\\n")
+"""
 
 
 @linux
-@pytest.mark.parametrize("fault", BAD_READERS)
-def test_the_fuzzer_finds(tmp_path, fault):
-    """A reader that does each of these is found out."""
-    code, finding = BAD_READERS[fault]
-    program = f"""
-        import os, re, sys
-        from pathlib import Path
-        import fuzz_files
-        from fuzz_files import Fuzzer
-        from gpu_mlp import readers
-
-        def read(file, target):
-            if str(file).startswith("damaged"):
-                {code}
-            return readers.load_digits()
-
-        readers.read = read
-        if __name__ == "__main__":
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
-            with Fuzzer(Path(sys.argv[1])) as fuzzer:
-                number = next(n for n, sample in enumerate(fuzzer.files) if sample.kind == "csv")
-                found = fuzzer.run(range(number, number + 1))["csv"].findings
-            assert re.search(sys.argv[2], found[0]), found
-    """
-    script = tmp_path / "bad_reader.py"
-    script.write_text(textwrap.dedent(program))
-    environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(readers.__file__).parents[1]}"}
-    folder = tmp_path / "files"
+def test_the_fuzzer_finds_every_kind_of_fault(tmp_path):
+    """Readers that do each of these, one after the other."""
+    script, folder = tmp_path / "bad_readers.py", tmp_path / "files"
+    script.write_text(PROGRAM)
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), finding],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(readers.__file__).parents[1]}"}
+    command = [sys.executable, str(script), str(folder), *(code for code, _ in BAD_READERS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    findings = done.stdout.splitlines()
+    assert len(findings) == len(BAD_READERS)
+    for finding, (_, expected) in zip(findings, BAD_READERS):
+        assert re.search(expected, finding)
 
 
 # --- bombs -----------------------------------------------------------------------------------------------------------
@@ -246,7 +243,7 @@ CSV_BOMBS = {
     "a record over many lines": (b"a,target\n" + b'"\n",' * (2 << 20), "a record of more than 1048576 fields"),
     "rows that are too long": (
         b"a,target\n" + (b"," * 1000 + b"\n") * 20_000,
-        "line 2: 1001 fields, but the header has 2",
+        "line 2: 1001 fields, but",
     ),
     "long names": (b"x" * 131_000 + b"," + b"y" * 131_000 + b"\n1,2\n", "no column 'target'"),
     "long labels": (b"a,target\n" + b"1," + b"z" * 131_000 + b"," + b"\n", "3 fields, but the header has 2"),

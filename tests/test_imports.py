@@ -28,9 +28,10 @@ LEAVES = {
 ROWS = [
     LEAVES,
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "ops.launch"},
-    {"ops.gemm", "ops.staging"},
-    {"ops.graphs"},
+    {"data", "shards", "ops.launch"},
+    {"tables", "ops.gemm", "ops.staging"},
+    {"folders", "ops.graphs"},
+    {"streams"},
     {"ops.numpy_ops", "ops.cuda_ops", "ops.device"},
     {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},
