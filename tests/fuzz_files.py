@@ -336,12 +336,12 @@ def work(connection: Connection, folder: str) -> None:
     connection.send("ready")
     while (asked := connection.recv()) is not None:
         name, target = asked
-        before, began = _peak(reset=True), time.process_time()
+        before, began = peak(reset=True), time.process_time()
         found = outcome(Path(name), target)
-        connection.send((found, time.process_time() - began, _peak() - before))
+        connection.send((found, time.process_time() - began, peak() - before))
 
 
-def _peak(reset: bool = False) -> int:
+def peak(reset: bool = False) -> int:
     """The largest resident memory since the last reset, in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
