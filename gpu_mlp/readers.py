@@ -436,14 +436,14 @@ class Npz:
         self.members = {info.filename[:-4]: info for info in infos if info.filename.endswith(".npy")}
         if not self.members:
             raise ValueError(f"{where}: holds no arrays")
+        if {info.compress_type for info in infos} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise ValueError(f"{where}: packed as numpy.savez_compressed does not, in a way that unpacks without bound")
 
     def __getitem__(self, key: str) -> np.ndarray:
         info, where = self.members[key], f"{self.where}, array {key!r}"
         packed = min(info.compress_size, self.size)
         if info.file_size > DEFLATE_RATIO * packed:
             raise ValueError(f"{where}: {info.compress_size} bytes cannot unpack into the {info.file_size} it claims")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
-            raise ValueError(f"{where}: packed in a way that numpy.savez_compressed does not use")
         _check_unpacked(where, packed, info.file_size, "save it with numpy.savez, unpacked")
         with _decoder(where, "NPZ"):
             member = self.archive.open(info)

@@ -287,25 +287,9 @@ def _damaged_member(content: bytes, rng: np.random.Generator) -> bytes:
     return packed.getvalue()
 
 
-VALUES = [
-    None,
-    True,
-    *INTERESTING,
-    -1,
-    0.5,
-    -0.5,
-    1e308,
-    10**30,
-    "",
-    "relu",
-    "nll",
-    "é" * 999,
-    [],
-    {},
-    [[]],
-    [0],
-    {"a": 1},
-]
+VALUES = json.dumps(
+    [None, True, *INTERESTING, -1, 0.5, -0.5, 1e308, 10**30, "", "relu", "nll", "é" * 999, [], {}, [[]]]
+)
 
 
 def _damaged_description(content: bytes, rng: np.random.Generator) -> bytes:
@@ -334,11 +318,13 @@ def _change_value(node: Any, rng: np.random.Generator) -> None:
             del node[key]
         elif change == 1:
             other = node[keys[rng.integers(len(keys))]]
-            node[f"{key}x" if isinstance(node, dict) else slice(key, key)] = (
-                other if isinstance(node, dict) else [other]
-            )
+            if isinstance(node, dict):
+                node[f"{key}x"] = other
+            else:
+                node.insert(key, other)
         else:
-            node[key] = VALUES[rng.integers(len(VALUES))]
+            values = json.loads(VALUES)  # new ones, since they may be changed in turn
+            node[key] = values[rng.integers(len(values))]
         return
 
 
