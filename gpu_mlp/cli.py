@@ -1,4 +1,4 @@
-"""The command `gpu-mlp`: train, evaluate, predict, info, check.
+"""The command `gpu-mlp`: train, evaluate, predict, make-data, info, check.
 
 The topmost room: turns words into calls of `runs`, `model`, `environment` and `selfcheck`, and errors into one line
 on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
@@ -13,6 +13,7 @@ import inspect
 import io
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -36,6 +37,7 @@ app = typer.Typer(
 ModelArgument = Annotated[
     Path, typer.Argument(help="A model file, or the run folder that holds it.", show_default=False)
 ]
+SECONDS_BETWEEN_NOTES = 2.0
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
@@ -178,6 +180,38 @@ def _target_in(data: str, given: str | None, model: Any) -> str | None:
     """The target that was given; else, for a file whose columns or keys have names, the one of the training data."""
     named = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npz")
     return given if given is not None or not data.lower().endswith(named) else model.data.get("target")
+
+
+# --- make-data ------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="make-data")
+def make_data(
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new", show_default=False)],
+    rows: Annotated[int, typer.Option(help="How many rows")] = 100_000,
+    features: Annotated[int, typer.Option(help="How many columns of x, at least 2")] = 20,
+    task: Annotated[str, typer.Option(help="classification or regression")] = "classification",
+    classes: Annotated[int, typer.Option(help="How many classes, for a classification")] = 3,
+    format: Annotated[str, typer.Option(help="npy, npz, parquet or csv")] = "npy",
+    shards: Annotated[int, typer.Option(help="Files that the rows are spread over")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the rule and of the rows")] = 0,
+) -> None:
+    """Write a synthetic data set of any size whose best possible figure is known, to test and to measure with."""
+    from .synthetic import Synthetic, write
+
+    data = Synthetic(rows, features, task, classes, seed)
+    started = told = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > SECONDS_BETWEEN_NOTES and done < rows:
+            told = time.monotonic()
+            _say(f"{done:,} of {rows:,} rows, {(told - started) * (rows - done) / done:.0f} s left")
+
+    folder = write(data, out, format, shards, tell)
+    _say(f"{rows:,} rows of {features} features in {shards} {format} shard{'s' * (shards != 1)} written to {folder}")
+    for name, value in data.best.items():
+        print(f"best possible {name}: {value:.4f}")
 
 
 # --- info, check ----------------------------------------------------------------------------------------------------
