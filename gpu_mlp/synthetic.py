@@ -49,7 +49,7 @@ Sink = Callable[[Block], None]
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A set of ``rows`` rows, a function of these fields: x (features,) float32, y an int64 class or a float32 value."""
+    """A set of ``rows`` rows, a function of these fields: x (features,) float32, y an int64 class or a float32."""
 
     rows: int
     features: int
