@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .averaging import EMA
 from .failures import BrokenData, DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .losses import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .estimators import MLPRegressor as MLPRegressor
 
 __all__ = [
+    "EMA",
     "L1",
     "L2",
     "LBFGS",

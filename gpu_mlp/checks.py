@@ -6,6 +6,7 @@ A leaf: imports NumPy alone, and every room may lean on it.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import numbers
 import operator
@@ -18,7 +19,8 @@ import numpy as np
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'relu'?` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    few = itertools.islice(known, 2000)  # a table from a stranger may have a million
+    close = difflib.get_close_matches(str(name).lower(), few, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -30,6 +32,12 @@ def choice(argument: str, name: Any, known: Iterable[str]) -> str:
     if name not in known:
         raise ValueError(f"{argument}: unknown name {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     return name
+
+
+def brief(found: Any, most: int = 300) -> str:
+    """A stranger's text, or an error about it, as one line of bounded length that can be printed anywhere."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(found)[: 2 * most].split()))
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def integer(argument: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:

@@ -21,7 +21,7 @@ from .failures import BrokenData, DeviceLost, Diverged
 from .feeding import SPARE_BYTES, Feed, FromDisk, Parts, Resident, Single, Streamed
 from .history import EarlyStopping, History
 from .notices import say_once
-from .ops.interface import DeviceError, Slot
+from .ops.interface import Array, DeviceError, Slot
 from .optimizers import LBFGS
 from .progress import Progress
 from .signals import interrupt_between_steps
@@ -74,7 +74,7 @@ class Fit:
         self.names = metrics.chosen(names, trainer.loss.name, self.net.sizes[-1], self.y.ndim == 1)
         self.history = History(self._monitor())
         self._best: NDArray[Any] | None = None
-        self._good = self._remember()
+        self._good = self._remember(self.net._theta)
 
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
@@ -252,7 +252,7 @@ class Fit:
                 whole = Single(net._ops, self.x, self.y, self.w, False)
                 work = trainer._workspace(net._chunk_rows(self.n))
                 where = trainer._where_not_finite(whole, 0, self.n, trainer.rounds, work)
-                self._recall(self._good)
+                self._fall_back()
                 self.history.stopped = "diverged"
                 raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", self.history)
             return cost, net._ops.to_host(trainer._g).astype(np.float64)
@@ -322,7 +322,7 @@ class Fit:
             trainer.plateau.observe(plateau, row.get("validation_loss", cost))
         stopping = self.early_stopping
         better = self.history.append(row, 0.0 if stopping is None else stopping.min_delta)
-        self._good = self._remember()
+        self._good = self._remember(trainer._model())
         if better and stopping is not None and stopping.restore_best:
             self._best = self._good
         progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
@@ -334,21 +334,31 @@ class Fit:
             return "early stopping"
         return ""
 
-    def _remember(self) -> NDArray[Any]:
-        """A copy of θ on the host."""
-        return np.array(self.net._ops.to_host(self.net._theta))
+    def _remember(self, theta: Array) -> NDArray[Any]:
+        """A copy of a flat array of θ's size on the host."""
+        return np.array(self.net._ops.to_host(theta))
 
-    def _recall(self, theta: NDArray[Any]) -> None:
+    def _recall(self, theta: Array) -> None:
         net = self.net
         net._ops.copy(net._ops.to_device(theta, net._theta.dtype), net._theta)
         if net._shadow is not None:
             net._ops.copy(net._theta, net._shadow)
 
+    def _fall_back(self) -> None:
+        """Put the weights of the last good epoch back."""
+        self._recall(self._good)
+        if self.trainer._averaged is not None:
+            self.net._ops.copy(self.net._theta, self.trainer._averaged)
+
     def _finish(self, reason: str) -> None:
+        """Leave the network with its best weights, where they are wanted, or the averaged ones, where there are any."""
         self.history.stopped = reason
         if self._best is not None:
             self._recall(self._best)
             self.history.restored_best = True
+            return
+        if self.trainer._averaged is not None:
+            self._recall(self.trainer._model())
 
     def _rescued(self, error: DeviceError) -> DeviceLost:
         """Save what a failed device cannot take away: the weights of the last whole epoch, now on the CPU."""
@@ -368,7 +378,7 @@ class Fit:
         try:
             self.trainer._refuse_divergence(feed)
         except Diverged as error:
-            self._recall(self._good)
+            self._fall_back()
             self.history.stopped = "diverged"
             raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
 
@@ -376,7 +386,7 @@ class Fit:
         try:
             self.trainer._refuse_bad_weights()
         except Diverged as error:
-            self._recall(self._good)
+            self._fall_back()
             self.history.stopped = "diverged"
             message = f"epoch {self.trainer.epoch}: {error}; those before the epoch are kept"
             raise Diverged(message, self.history) from None

@@ -70,6 +70,9 @@ class TrainOptions:
     )
     warmup: int = _option(0, TRAINING, "Updates of linear warm-up before the schedule")
     clip_norm: float | None = _option(None, TRAINING, "Scale a gradient down to this norm", "no clipping")
+    average: float | None = _option(
+        None, TRAINING, "Decay (0.999, say) of a moving average of the weights, which is validated and saved", "none"
+    )
     epochs: int = _option(60, TRAINING, "Passes over the training part")
     batch_size: int = _option(64, TRAINING, "Rows of one update")
     accumulate: int = _option(1, TRAINING, "Micro-batches a batch is cut into: the same update with less memory")

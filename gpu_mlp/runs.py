@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks, data, losses, optimizers, options, plots, schedules, tensorfile
+from .averaging import EMA
 from .failures import DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
@@ -175,6 +176,7 @@ class Run:
             _schedule(chosen),
             chosen.clip_norm,
             chosen.accumulate,
+            average=None if chosen.average is None else EMA(chosen.average),
         )
 
     def _prepare(self, name: str, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -281,6 +283,8 @@ def _resolved(given: TrainOptions) -> TrainOptions:
     for name in ("epochs", "batch_size", "accumulate"):
         checks.integer(name, getattr(chosen, name), 1)
     checks.integer("warmup", chosen.warmup, 0)
+    if chosen.average is not None:
+        checks.real("average", chosen.average, 0, 1, open_maximum=True)
     checks.integer("seed", chosen.seed, 0)
     full_batch = chosen.optimizer == "lbfgs"
     if chosen.dropout is None:

@@ -23,7 +23,7 @@ HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pa
 # may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
-    "history", "failures", "signals", "metrics", "progress", "tensorfile", "notices", "ops.philox",
+    "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "notices", "ops.philox",
 }  # fmt: skip
 ROWS = [
     LEAVES,

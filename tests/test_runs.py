@@ -737,3 +737,17 @@ def test_without_matplotlib_a_run_succeeds_and_draws_nothing(monkeypatch):
     result = _animal_run(plots=True).start()
     assert {path.name for path in result.folder.iterdir()} == FILES
     assert runs.plots.available() is False
+
+
+# --- averaged weights -----------------------------------------------------------------------------------------------
+
+
+def test_averaged_weights_are_what_is_saved():
+    plain, averaged = _animal_run(out="plain"), _animal_run(out="averaged", average=0.9)
+    plain.start()
+    result = averaged.start()
+    assert Model.load("averaged").net.theta.tobytes() == averaged.model.net.theta.tobytes()
+    assert averaged.model.net.theta.tobytes() != plain.model.net.theta.tobytes()
+    assert result.history["cost"] == pytest.approx([row["cost"] for row in _history("plain")["epochs"]], rel=1e-12)
+    with pytest.raises(ValueError, match=r"^average: "):
+        _animal_run(average=1.0)
