@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .averaging import EMA
 from .failures import BrokenData, DeviceLost, Diverged
 from .history import EarlyStopping, History
+from .logs import CSVLog, JSONLLog, TensorBoardLog
 from .losses import (
     MAE,
     MSE,
@@ -67,6 +68,7 @@ __all__ = [
     "Adamax",
     "BinaryCrossEntropy",
     "BrokenData",
+    "CSVLog",
     "Constant",
     "Cosine",
     "CrossEntropy",
@@ -81,6 +83,7 @@ __all__ = [
     "History",
     "Huber",
     "InverseScaling",
+    "JSONLLog",
     "Lion",
     "LogCosh",
     "Muon",
@@ -92,6 +95,7 @@ __all__ = [
     "ReduceOnPlateau",
     "StepDecay",
     "Stream",
+    "TensorBoardLog",
     "Trainer",
     "Warmup",
 ]
