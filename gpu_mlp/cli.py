@@ -38,6 +38,10 @@ ModelArgument = Annotated[
     Path, typer.Argument(help="A model file, or the run folder that holds it.", show_default=False)
 ]
 SECONDS_BETWEEN_NOTES = 2.0
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Memory to do it in, such as 1GiB: what does not fit is read in pieces", show_default=False),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
@@ -51,10 +55,10 @@ def train(config: Path | None, **given: Any) -> None:
     (--config), one a line as epochs = 20; those on the command line win. The run folder gets model.safetensors,
     history.json, options.toml and the plots. Ctrl-C ends a run after the step at hand and keeps what was learned.
     """
-    from .runs import Run
+    from .streamed import make
 
     options = merged(config, given)
-    run = Run(options)
+    run = make(options)
     net, parts = run.model.net, run.parts.named()
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
     shape = f"{' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters"
@@ -120,24 +124,28 @@ def evaluate(
     target: Annotated[
         str | None, typer.Option(help="Target column, key or file", show_default="as in training")
     ] = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Judge a model: accuracy for classes, RMSE and R² for values."""
-    from . import data as datasets
     from .model import Model
-    from .runs import held_out
+    from .streamed import held_out, opened
+    from .streams import Stream
 
     loaded = Model.load(model, device)
     if data is None:
         if target is not None:
             raise ValueError("target: goes with --data")
-        name, part = held_out(loaded)
+        name, part = held_out(loaded, memory)
     else:
-        name, part = "", datasets.load(data, _target_in(data, target, loaded))
-        part = part.test if part.test is not None else part
-    if part.y is None:
-        raise ValueError(f"target: {data} has none; name it with --target")
-    figures = loaded.figures(loaded.outputs(part.x), part.y)
+        name, part = "", opened(data, _target_in(data, target, loaded), None, memory)
+    if isinstance(part, Stream):
+        figures = loaded.judge(loaded.labelled(part))
+    else:
+        part = part.test if part.test is not None and data is not None else part
+        if part.y is None:
+            raise ValueError(f"target: {data} has none; name it with --target")
+        figures = loaded.figures(loaded.outputs(part.x), part.y)
     _say(f"{len(part)} rows")
     for figure, value in figures.items():
         print(f"{name} {figure.replace('_', ' ')}: {value:.4f}".strip())
@@ -149,31 +157,30 @@ def predict(
     data: Annotated[str, typer.Option(help="Rows to predict: a file as for training; a target in it is ignored")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write: .csv, or .npy with the predictions", show_default="CSV to the screen"),
+        typer.Option(help="File to write: .csv, .npy or .parquet", show_default="CSV to the screen"),
     ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also the probability of every class")] = False,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Predict a label or a value for every row."""
     from . import data as datasets
     from .model import Model
-    from .predictions import to_csv, to_npy
+    from .predictions import check_path, write
+    from .streamed import opened
+    from .streams import Stream
 
-    writers = {".csv": to_csv, ".npy": to_npy}
-    if out is not None and out.suffix not in writers:
-        raise ValueError(f"out: expected a file ending in .csv or .npy, got {out}")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"out: there is no folder {out.parent}")
+    if out is not None:
+        check_path(out)
     loaded = Model.load(model, device)
-    raw = datasets.load(data, _target_in(data, None, loaded), require_target=False)
-    raw = raw.test if raw.test is not None and data in datasets.BUILT_IN else raw
-    y_hat = loaded.outputs(raw.x)
-    shares = loaded.probabilities(y_hat) if probabilities else None
-    if out is None:
-        to_csv(None, loaded, y_hat, shares)
+    raw = opened(data, _target_in(data, None, loaded), None, memory, require_target=False)
+    if isinstance(raw, Stream):
+        write(out, loaded, (y_hat for y_hat, _ in loaded.batches(raw)), len(raw), probabilities)
     else:
-        writers[out.suffix](out, loaded, y_hat, shares)
-        _say(f"{len(y_hat)} predictions written to {out}")
+        raw = raw.test if raw.test is not None and data in datasets.BUILT_IN else raw
+        write(out, loaded, [loaded.outputs(raw.x)], len(raw), probabilities)
+    if out is not None:
+        _say(f"{len(raw)} predictions written to {out}")
 
 
 def _target_in(data: str, given: str | None, model: Any) -> str | None:
