@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
 from .averaging import EMA
 from .failures import BrokenData, DeviceLost, Diverged
+from .fitting import Callback
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
 from .network import MLP
@@ -89,18 +90,18 @@ class Run:
     """A run that has been checked and is ready to start.
 
     Making one reads the data and prepares every part of it, so that whatever is wrong shows before the training. It
-    leaves nothing on the disk.
+    leaves nothing on the disk. ``raw``: the data, where another run with the same ones has read them.
     """
 
     in_pieces = False  # whether the data set is a `Stream`
     _confused: tuple[Any, ...]  # the true classes, those they were taken for, and how often where it is not once each
 
-    def __init__(self, given: TrainOptions) -> None:
+    def __init__(self, given: TrainOptions, raw: Any = None) -> None:
         self.options = _resolved(given)
         self._early_stopping = None if self.options.patience is None else EarlyStopping(self.options.patience)
         if self.options.out is not None:
             _remove_empty(_make(Path(self.options.out)))  # before the data are read: can there be such a folder?
-        raw = self._read()
+        self.raw = raw = self._read() if raw is None else raw
         self._resolve_task(raw)
         self._check_whole(raw)
         self.parts = self._split(raw)
@@ -217,17 +218,7 @@ class Run:
         created = _make(self.folder)
         failed: Diverged | DeviceLost | BrokenData | None = None
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
-                history = self.trainer.fit(
-                    self._prepared["train"],
-                    epochs=chosen.epochs,
-                    batch_size=chosen.batch_size,
-                    validation=self._prepared.get("validation"),
-                    progress=chosen.progress,
-                    early_stopping=self._early_stopping,
-                    callbacks=logs.of(chosen.log, self.folder),
-                )
+            history = self.fit(logs.of(chosen.log, self.folder), chosen.progress)
         except (Diverged, DeviceLost, BrokenData) as error:
             if error.history is None or not len(error.history):
                 _remove_empty(created)
@@ -244,6 +235,20 @@ class Run:
         if failed is not None:
             raise type(failed)(f"{failed}; the model of the last good epoch is in {self.folder}", history)
         return result
+
+    def fit(self, callbacks: Sequence[Callback], progress: bool) -> History:
+        """Train alone: nothing is written but by the callbacks."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
+            return self.trainer.fit(
+                self._prepared["train"],
+                epochs=self.options.epochs,
+                batch_size=self.options.batch_size,
+                validation=self._prepared.get("validation"),
+                progress=progress,
+                early_stopping=self._early_stopping,
+                callbacks=callbacks,
+            )
 
     def _write(self, history: History) -> Result:
         """The files of the run folder, the model first: whatever happens then, what was learned is there."""

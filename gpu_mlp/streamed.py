@@ -79,8 +79,10 @@ def opened(
     return data.load(source, target, folder, require_target=require_target)
 
 
-def make(given: TrainOptions) -> Run:
-    """The run that the options and the size of the data ask for."""
+def make(given: TrainOptions, raw: RawData | Stream | None = None) -> Run:
+    """The run that the options and the size of the data ask for; ``raw``: the data, where another run has them."""
+    if raw is not None:
+        return StreamRun(given, raw) if isinstance(raw, Stream) else Run(given, raw)
     return StreamRun(given) if given.folder is None and in_pieces(given.data, given.memory) else Run(given)
 
 
@@ -102,11 +104,6 @@ class StreamRun(Run):
 
     def _read(self) -> Stream:
         chosen = self.options
-        if chosen.optimizer == "lbfgs":
-            raise ValueError(
-                "optimizer: lbfgs needs the whole data set many times for one step, and this one is read in pieces; "
-                "use another, such as adamw, or data that fits in memory"
-            )
         memory = budget(chosen.memory)
         stream = Stream(chosen.data, chosen.target, memory=memory, buffer_rows=chosen.buffer_rows)
         if stream.raw_piece(0).y is None:
@@ -119,6 +116,11 @@ class StreamRun(Run):
         return np.concatenate([y for y in (raw.piece(int(chunk)).y for chunk in some) if y is not None])
 
     def _check_whole(self, raw: Stream) -> None:
+        if self.options.optimizer == "lbfgs":
+            raise ValueError(
+                "optimizer: lbfgs needs the whole data set many times for one step, and this one is read in pieces; "
+                "use another, such as adamw, or data that fits in memory"
+            )
         if len(raw) < 2 and (self.options.test or self.options.validation):
             raise ValueError(f"data: {len(raw)} row cannot be split; use test=0 and validation=0")
 

@@ -450,3 +450,11 @@ def test_a_make_data_that_stops_leaves_nothing_that_looks_complete(monkeypatch):
     assert done.returncode != 0
     assert not Path("some").exists()
     assert not list(Path().glob("**/manifest.json"))
+
+
+def test_a_sweep_searches_on_data_that_is_read_in_pieces():
+    pytest.importorskip("optuna")
+    source = made("npy", 1000)
+    Path("sweep.toml").write_text(f'data = "{source}"\nepochs = 1\n[search]\nlr = [0.001, 0.01]\n')
+    assert run("sweep", "--config", "sweep.toml", "--trials", 2, "--out", "sweep") == 0
+    assert Path("sweep/best.toml").exists()
