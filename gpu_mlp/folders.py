@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import readers
+from .readers import rawdata
 from .shards import Shard, check_alike, npy_shard, npz_shard
 from .tables import CsvShard, ParquetShard
 
@@ -51,7 +51,7 @@ def find(source: str, wanted: Wanted) -> list[Shard]:
             raise ValueError(f"target: {source!r} already names the file of y; got target={wanted.target!r}")
         source, target = (part.strip() for part in pair)
         wanted = Wanted(target, wanted.weight, wanted.require_target)
-    path = readers._existing(source)
+    path = rawdata.existing(source)
     if path.is_dir():
         return _in_folder(path, wanted)
     return [_opened(path, wanted)] if path.suffix.lower() != ".npy" else [_npy_file(path, wanted)]
@@ -75,7 +75,7 @@ def _npy_file(path: Path, wanted: Wanted) -> Shard:
     """x from ``path``, y and the weights from the files that the user named."""
     if wanted.target is None and wanted.require_target:
         raise ValueError(f"{path}: holds x only; give target=PATH of the .npy file with y, or 'x.npy,y.npy'")
-    others = [None if name is None else readers._existing(name) for name in (wanted.target, wanted.weight)]
+    others = [None if name is None else rawdata.existing(name) for name in (wanted.target, wanted.weight)]
     for argument, other in zip(("target", "sample_weight"), others):
         if other is not None and other.suffix.lower() != ".npy":
             raise ValueError(f"{argument}: for an .npy file of x it is the path of an .npy file, got {str(other)!r}")

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import readers
-from .readers import Columns
+from .readers import Columns, numpy_files, rawdata, untrusted
 
 CHUNK_BYTES = 1 << 20  # of the rows that are read at once, where the format lets them be as many as one likes
 LEAST_CHUNKS = 64  # a set is cut into at least so many, where its format lets it be, so that a small one shuffles too
@@ -161,7 +160,7 @@ class Field:
         head = np.empty(min(size, HEADER_BYTES), np.uint8)
         file.read_at(offset, head)
         stream = io.BytesIO(head.tobytes())
-        self.shape, fortran, self.dtype = readers.npy_header(stream, size, where)
+        self.shape, fortran, self.dtype = numpy_files.npy_header(stream, size, where)
         if not self.shape:
             raise ValueError(f"{where}: holds a single value; expected rows")
         if fortran and len(self.shape) > 1:
@@ -219,7 +218,7 @@ class PackedShard(Shard):
 
     def _headers(self) -> list[_Header | None]:
         with self.files[0].open() as stream:
-            arrays = readers.Npz(stream, str(self.path))
+            arrays = numpy_files.Npz(stream, str(self.path))
             return [None if key is None else _packed_header(arrays, key, w) for key, w in zip(self._keys, self._where)]
 
     def bounds(self, chunk_rows: int) -> list[int]:
@@ -227,7 +226,7 @@ class PackedShard(Shard):
 
     def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         with self.files[0].open() as stream:
-            arrays = readers.Npz(stream, str(self.path))
+            arrays = numpy_files.Npz(stream, str(self.path))
             x, y, w = (None if key is None else arrays[key] for key in self._keys)
         assert x is not None
         return array_piece(x, y, w, str(self.path)).rows(slice(start, stop))
@@ -240,10 +239,10 @@ class _Header(NamedTuple):
     dtype: np.dtype[Any]
 
 
-def _packed_header(arrays: readers.Npz, key: str, where: str) -> _Header:
+def _packed_header(arrays: numpy_files.Npz, key: str, where: str) -> _Header:
     info = arrays.members[key]
-    with readers._decoder(where, "NPZ"), arrays.archive.open(info) as member:
-        shape, _, dtype = readers.npy_header(member, info.file_size, where)
+    with untrusted.decoder(where, "NPZ"), arrays.archive.open(info) as member:
+        shape, _, dtype = numpy_files.npy_header(member, info.file_size, where)
     if not shape:
         raise ValueError(f"{where}: holds a single value; expected rows")
     return _Header(shape, dtype)
@@ -269,7 +268,7 @@ def _array_schema(fields: Sequence[Field | _Header | None]) -> dict[str, Any]:
 
 def array_piece(x: NDArray[Any], y: NDArray[Any] | None, w: NDArray[Any] | None, where: str) -> Piece:
     """Arrays as `readers` would give them."""
-    return Piece(readers._inputs(x, where), None if y is None else readers._targets(y, len(x), where), w)
+    return Piece(rawdata.inputs(x, where), None if y is None else rawdata.targets_of(y, len(x), where), w)
 
 
 def npy_shard(paths: Sequence[Path | None]) -> Shard:
@@ -284,7 +283,7 @@ def npz_shard(path: Path, target: str | None, weight: str | None, require_target
     """The shard of an NPZ file, by the keys that `readers.read` takes."""
     file = File(path)
     with file.open() as stream:
-        arrays = readers.Npz(stream, str(path))
+        arrays = numpy_files.Npz(stream, str(path))
         if "x_train" in arrays.members or "X_train" in arrays.members:
             raise ValueError(
                 f"{path}: has a training and a test part, which are not read in pieces; save each to a file of its own"
@@ -292,7 +291,7 @@ def npz_shard(path: Path, target: str | None, weight: str | None, require_target
         if weight is not None and weight not in arrays.members:
             raise ValueError(f"{path}: no array of weights is called {weight!r} ({arrays.keys()})")
         hidden = () if weight is None else (weight,)
-        keys = (*readers.npz_keys(arrays, target, require_target, *hidden), weight)
+        keys = (*numpy_files.npz_keys(arrays, target, require_target, *hidden), weight)
         infos = [None if key is None else arrays.members[key] for key in keys]
         if any(info is not None and info.compress_type != zipfile.ZIP_STORED for info in infos):
             return PackedShard(file, keys)
@@ -305,7 +304,7 @@ def npz_shard(path: Path, target: str | None, weight: str | None, require_target
     return ArrayShard([file], x, y, w)
 
 
-def _member_start(stream: io.FileIO, file: File, info: zipfile.ZipInfo, arrays: readers.Npz) -> int:
+def _member_start(stream: io.FileIO, file: File, info: zipfile.ZipInfo, arrays: numpy_files.Npz) -> int:
     """Where the bytes of a member that is not compressed begin; the header in front of it has lengths of its own."""
     stream.seek(info.header_offset)
     head = stream.read(30)

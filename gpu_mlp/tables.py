@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import readers
-from .readers import Columns
+from .readers import Columns, csv_files, parquet_files, rawdata, tabular, untrusted
 from .shards import CHUNK_BYTES, LEAST_CHUNKS, NOWHERE, File, Piece, Room, Shard
 
 LINE_BYTES = 1 << 24  # a longer line is no table's
@@ -30,24 +29,24 @@ class _Table(Shard):
 
     def _settle(self, names: Sequence[str], target: str | None, weight: str | None, require_target: bool) -> None:
         """Decide what each column is for."""
-        readers._check_names(self.path, names)
+        tabular.check_names(self.path, names)
         if weight is not None and weight not in names:
-            listed = readers._listed(names)
+            listed = rawdata.listed(names)
             raise ValueError(f"{self.path}: no column of weights is called {weight!r} (its columns: {listed})")
         self._target, self._weight = target, weight
-        self._targets = readers._target_columns(self.path, names, target, require_target)
+        self._targets = tabular.target_columns(self.path, names, target, require_target)
         self.names = list(names)
         self.feature_names = [name for name in names if name not in self._targets and name != weight]
         if not self.feature_names:
-            listed = readers._listed(names)
+            listed = rawdata.listed(names)
             raise ValueError(f"{self.path}: no column is left for the features (its columns: {listed})")
 
     def _piece(self, columns: Columns, first_row: int) -> Piece:
         for name, column in columns.items():
-            if (row := readers._infinite_row(column)) is not None:
+            if (row := tabular.infinite_row(column)) is not None:
                 raise ValueError(f"{self.path}, row {first_row + row} (counting from 0), column {name!r}: inf")
         w = None if self._weight is None else columns.pop(self._weight)
-        raw = readers._table(self.path, columns, self._targets, self._target)
+        raw = tabular.table_of(self.path, columns, self._targets, self._target)
         return Piece(raw.x, raw.y, w)
 
 
@@ -73,7 +72,7 @@ class ParquetShard(_Table):
     def __init__(self, path: Path, target: str | None, weight: str | None, require_target: bool) -> None:
         self.files = [File(path)]
         self._arrow = pyarrow(path)
-        with self.files[0].open() as stream, readers._decoder(path, "Parquet"):
+        with self.files[0].open() as stream, untrusted.decoder(path, "Parquet"):
             parquet = self._arrow.parquet.ParquetFile(stream)
             self._metadata, schema = parquet.metadata, parquet.schema_arrow
             groups = [self._metadata.row_group(g) for g in range(self._metadata.num_row_groups)]
@@ -84,7 +83,7 @@ class ParquetShard(_Table):
         self._first = [0, *itertools.accumulate(lengths)]
         self.rows = self._first[-1]
         if not self.rows:
-            raise ValueError(f"{path}: no rows; columns: {readers._listed(names)}")
+            raise ValueError(f"{path}: no rows; columns: {rawdata.listed(names)}")
         self.schema = {f"column {name!r}": str(schema.field(name).type) for name in names}
         size = sum(group.total_byte_size for group in groups)
         self.row_bytes = max(8.0 * len(names), size / self.rows)
@@ -100,13 +99,15 @@ class ParquetShard(_Table):
 
     def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         at = bisect.bisect_right(self._first, start) - 1
-        with self.files[0].open() as stream, readers._decoder(self.path, "Parquet"):
+        with self.files[0].open() as stream, untrusted.decoder(self.path, "Parquet"):
             parquet = self._arrow.parquet.ParquetFile(stream, metadata=self._metadata)
             table = parquet.read_row_group(self._groups[at], columns=self.names, use_threads=False)
         first = self._first[at]
         if table.num_rows != self._first[at + 1] - first:
             raise ValueError(f"{self.path}: cut short or not a valid Parquet file (row group {self._groups[at]})")
-        columns = {name: readers._arrow_column(self._arrow, self.path, name, table.column(name)) for name in self.names}
+        columns = {
+            name: parquet_files.arrow_column(self._arrow, self.path, name, table.column(name)) for name in self.names
+        }
         return self._piece(columns, first).rows(slice(start - first, stop - first))
 
 
@@ -127,7 +128,7 @@ class CsvShard(_Table):
         with self.files[0].open() as raw:
             lines = _Lines(io.BufferedReader(raw), path)
             first = next((line for line in lines if line.strip()), "")
-        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else readers._delimiter(first.encode())
+        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else csv_files.delimiter_of(first.encode())
         names, start, line = self._header()
         self._settle(names, target, weight, require_target)
         self.levels = [0 if name in self._targets else 1 for name in names]
@@ -167,7 +168,7 @@ class CsvShard(_Table):
             if rows:
                 self._piece(dict(zip(self.names, columns)), self._first[-1])  # refuses what it cannot take
                 if self._delimiter != "," and len(self._first) == 1:
-                    readers._refuse_decimal_commas(self.path, dict(zip(self.names, columns)))
+                    csv_files.refuse_decimal_commas(self.path, dict(zip(self.names, columns)))
                 self._places.append(at)
                 self._first.append(self._first[-1] + rows)
             else:
@@ -231,7 +232,7 @@ class CsvShard(_Table):
             rows.append(fields)
         columns = []
         for j, column in enumerate(zip(*rows) if rows else [()] * len(self.names)):
-            while (parsed := readers.COLUMN_PARSERS[self.levels[j]](column)) is None:
+            while (parsed := csv_files.COLUMN_PARSERS[self.levels[j]](column)) is None:
                 self.levels[j] += 1
             columns.append(parsed)
         return columns
@@ -249,7 +250,7 @@ class CsvShard(_Table):
                 arrow.csv.ParseOptions(delimiter=self._delimiter, quote_char=False),
                 arrow.csv.ConvertOptions(
                     column_types=dict(zip(self.names, types)),
-                    null_values=sorted(readers.MISSING),
+                    null_values=sorted(csv_files.MISSING),
                     strings_can_be_null=False,
                 ),
             )
@@ -259,7 +260,7 @@ class CsvShard(_Table):
         for level, column in zip(self.levels, table.columns):
             if level == 0 and column.null_count:
                 return None
-            columns.append(readers._texts(column.to_pylist()) if level == 2 else np.array(column.to_numpy()))
+            columns.append(csv_files.texts_of(column.to_pylist()) if level == 2 else np.array(column.to_numpy()))
         return columns
 
 

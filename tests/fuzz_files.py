@@ -287,9 +287,7 @@ def _damaged_member(content: bytes, rng: np.random.Generator) -> bytes:
     return packed.getvalue()
 
 
-VALUES = json.dumps(
-    [None, True, *INTERESTING, -1, 0.5, -0.5, 1e308, 10**30, "", "relu", "nll", "é" * 999, [], {}, [[]]]
-)
+VALUES = json.dumps([None, True, *INTERESTING, -1, 0.5, 1e308, 10**30, "", "relu", "nll", "é" * 999, [], {}, [[]]])
 
 
 def _damaged_description(content: bytes, rng: np.random.Generator) -> bytes:

@@ -28,6 +28,10 @@ LEAVES = {
 }  # fmt: skip
 ROWS = [
     LEAVES,
+    {"readers.untrusted"},
+    {"readers.rawdata"},
+    {"readers.tabular", "readers.idx", "readers.numpy_files"},
+    {"readers.csv_files", "readers.parquet_files"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
     {"data", "shards", "ops.launch"},
     {"tables", "ops.gemm", "ops.staging"},
