@@ -149,6 +149,20 @@ class NumpyOperations(Operations):
     ) -> None:
         """Some rows of it, the first of which is row ``first`` of the micro-batch."""
         product = self._matmul(h_in, W.T, h if z is None else z)
+        self._finish_layer(product, b, f, h, z, dropout, first, state)
+
+    def _finish_layer(
+        self,
+        product: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        state: Array,
+    ) -> None:
+        """z and h from h_in Wᵀ, which is in ``product``: z, or h where no z is kept, or an array of its own."""
         for block in _row_blocks(*h.shape):
             zb = product[block]
             np.add(zb, b, out=zb)
@@ -258,6 +272,21 @@ class NumpyOperations(Operations):
             if gh is not gz_in:
                 gz_in[...] = gh
             return
+        self._through_layer(gh, f, saved, dropout, first, gz_in, gb, accumulate, state)
+
+    def _through_layer(
+        self,
+        gh: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        """gz and gb from gh, which is in ``gz_in``, or in an array of its own."""
         sums = _ColumnSums(self, gb, accumulate)
         for block in _row_blocks(*gz_in.shape):
             g = gh[block]
@@ -290,14 +319,10 @@ class NumpyOperations(Operations):
         state: Array,
     ) -> None:
         gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape), self._threads)
-        theta, g = W.reshape(-1), gW.reshape(-1)
         if not _applies(state):
             return
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), 1)
-        for block in _blocks(0, theta.size):
-            s = self._scratch(block.stop - block.start)
-            _add_penalty_gradient(theta[block], regularizer, g[block], s.a)
-            optimizer.rule(theta[block], g[block], (), c, (s.a, s.b))
+        self._apply(W.reshape(-1), gW.reshape(-1), (), optimizer, c, regularizer, 1.0, 1.0)
         if shadow is not None:
             shadow[...] = W
 
@@ -305,7 +330,7 @@ class NumpyOperations(Operations):
 
     def penalty(self, theta: Array, n: int, regularizer: ElasticNet, state: Array) -> None:
         total = 0.0
-        for block in _blocks(0, n):
+        for block in _blocks(slice(0, n)):
             part = theta[block]
             if regularizer.l2:
                 total += 0.5 * regularizer.l2 * float(np.dot(part, part))
@@ -314,14 +339,16 @@ class NumpyOperations(Operations):
         state[Slot.COST] += total
 
     def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
-        for block in _blocks(0, n):
+        for block in _blocks(slice(0, n)):
             _add_penalty_gradient(theta[block], regularizer, g[block], self._scratch(block.stop - block.start).a)
 
     def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
         total = 0.0
-        for block, covered in _update_blocks(0, theta.size, n):
-            gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state)
-            total += float(np.dot(gb, gb))
+        scale = float(state[Slot.LOSS_SCALE])
+        for part, penalty in _penalised_parts(0, theta.size, n, regularizer):
+            for block in _blocks(part):
+                gb = self._effective_gradient(theta[block], g[block], penalty, scale)
+                total += float(np.dot(gb, gb))
         state[Slot.GRADIENT_NORM] = np.sqrt(total)
 
     def update(
@@ -339,17 +366,15 @@ class NumpyOperations(Operations):
     ) -> None:
         if not _applies(state):
             return
-        norm = float(state[Slot.GRADIENT_NORM])
+        norm, scale = float(state[Slot.GRADIENT_NORM]), float(state[Slot.LOSS_SCALE])
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + CLIP_EPS))
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), int(state[Slot.STEP]) + 1)
         first = 0
         if isinstance(optimizer, Muon):
             self._update_matrices(theta, g, moments, optimizer, layout, regularizer, clip, c[0], state)
             first = layout.n_weights
-        for block, covered in _update_blocks(first, theta.size, n):
-            s = self._scratch(block.stop - block.start)
-            gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state, clip)
-            optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
+        for part, penalty in _penalised_parts(first, theta.size, n, regularizer):
+            self._apply(theta[part], g[part], [m[part] for m in moments], optimizer, c, penalty, scale, clip)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
 
@@ -421,20 +446,36 @@ class NumpyOperations(Operations):
         np.multiply(block, 1 / _keep(dropout), out=block)
 
     def _effective_gradient(
-        self, theta: Array, g: Array, block: slice, regularizer: ElasticNet | None, state: Array, clip: float = 1.0
+        self, theta: Array, g: Array, penalty: ElasticNet | None, scale: float, clip: float = 1.0
     ) -> Array:
-        """clip · (g / LOSS_SCALE + λ∇Ω) of one block, in scratch."""
-        out = self._scratch.wide(0, block.stop - block.start)
-        scale = float(state[Slot.LOSS_SCALE])
-        if scale == 1 and regularizer is not None and not regularizer.l1:  # the usual case, in a pass less
-            np.multiply(theta[block], regularizer.l2, out=out)
-            np.add(g[block], out, out=out)
+        """clip · (g / scale + λ∇Ω(θ)) of one block, in scratch."""
+        out = self._scratch.wide(0, theta.size)
+        if scale == 1 and penalty is not None and not penalty.l1:  # the usual case, in a pass less
+            np.multiply(theta, penalty.l2, out=out)
+            np.add(g, out, out=out)
         else:
-            np.multiply(g[block], 1 / scale, out=out)
-            _add_penalty_gradient(theta[block], regularizer, out, self._scratch(out.shape).a)
+            np.multiply(g, 1 / scale, out=out)
+            _add_penalty_gradient(theta, penalty, out, self._scratch(out.shape).a)
         if clip != 1.0:
             np.multiply(out, clip, out=out)
         return out
+
+    def _apply(
+        self,
+        theta: Array,
+        g: Array,
+        moments: Sequence[Array],
+        optimizer: Optimizer,
+        c: Sequence[float],
+        penalty: ElasticNet | None,
+        scale: float,
+        clip: float,
+    ) -> None:
+        """The rule, with the coefficients ``c``, on clip · (g / scale + λ∇Ω(θ)): flat arrays of one length."""
+        for block in _blocks(slice(0, theta.size)):
+            s = self._scratch(block.stop - block.start)
+            gb = self._effective_gradient(theta[block], g[block], penalty, scale, clip)
+            optimizer.rule(theta[block], gb, [m[block] for m in moments], tuple(c), (s.a, s.b))
 
     def _update_matrices(
         self,
@@ -585,9 +626,9 @@ def _keep(dropout: Dropout) -> float:
     return philox.keep_threshold(dropout.rate) / philox.LEVELS
 
 
-def _blocks(first: int, last: int) -> Iterator[slice]:
-    for start in range(first, last, FLAT_BLOCK):
-        yield slice(start, min(start + FLAT_BLOCK, last))
+def _blocks(part: slice) -> Iterator[slice]:
+    for start in range(part.start, part.stop, FLAT_BLOCK):
+        yield slice(start, min(start + FLAT_BLOCK, part.stop))
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -596,12 +637,15 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _update_blocks(first: int, last: int, n: int) -> Iterator[tuple[slice, bool]]:
-    """Blocks of first … last, each with whether it lies in the prefix of length ``n`` that the regularizer covers."""
-    for block in _blocks(first, max(first, n)):
-        yield block, True
-    for block in _blocks(max(first, n), last):
-        yield block, False
+def _penalised_parts(
+    first: int, last: int, n: int, regularizer: ElasticNet | None
+) -> Iterator[tuple[slice, ElasticNet | None]]:
+    """first … last in two: what of it lies in the prefix of length ``n`` that the regularizer covers, and the rest."""
+    middle = max(first, n)
+    if first < middle:
+        yield slice(first, middle), regularizer
+    if middle < last:
+        yield slice(middle, last), None
 
 
 def _applies(state: Array) -> bool:
