@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 5
 FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
 LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `sharing` does
+LANE_FLOP = 50_000_000  # of a step's GEMMs that are worth another lane
+LANE_ROWS = 32  # of a micro-batch, at least: below them a GEMM is slow
+LANE_ELEMENTS = 1 << 18  # of all h of a micro-batch
+MOST_WEIGHTS_A_ROW = 8192  # beyond them adding up the lanes' gradients costs more than the lanes gain
 
 
 class NumpyOperations(Operations):
@@ -45,6 +49,7 @@ class NumpyOperations(Operations):
         self._compute = precision.master_dtype
         self._scratch = _ScratchPool(self._compute)
         self._threads = 1  # that a GEMM is shared out among
+        self._beside = 1  # that a long pass is shared out among
 
     # --- arrays ---
 
@@ -95,12 +100,31 @@ class NumpyOperations(Operations):
     def snapshot_state(self, state: Array, slot: Slot) -> float:
         return float(state[slot])
 
-    def tuned_for(self, flop: int) -> AbstractContextManager[None]:
-        if flop < SMALL_GEMM:
+    def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
+        weights = sum(n_in * n_out for n_in, n_out in zip(sizes, sizes[1:]))
+        most = _blas_threads() if self._storage == self._compute else 1
+        lanes = min(most, 6 * rows * weights // LANE_FLOP, rows // LANE_ROWS)
+        if lanes < 2 or weights > MOST_WEIGHTS_A_ROW * rows:
+            return 1, rows
+        in_cache = max(LANE_ROWS, LANE_ELEMENTS // sum(sizes[1:]))
+        return lanes, max(1, min(in_cache, -(-rows // lanes)))
+
+    def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
+        if flop < SMALL_GEMM or lanes > 1:
             return _quiet(_one_blas_thread())
-        # the fewest of NumPy's BLAS and any other: 1 where a user, or a context around this one, wants that
-        threads = min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
-        return _quiet(self._shared_out(threads) if threads > 1 and flop < LARGE_GEMM else nullcontext())
+        threads = _blas_threads()
+        if threads > 1 and flop < LARGE_GEMM:
+            return _quiet(self._shared_out(threads))
+        return _quiet(self._beside_blas(threads))
+
+    def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
+        for state in states[1:]:
+            state[...] = states[0]
+            state[Slot.COST] = 0.0
+        sharing.for_each(range(len(states)), work, len(states))
+        for state, gradient in zip(states[1:], g[1:]):
+            states[0][Slot.COST] += state[Slot.COST]
+            np.add(g[0], gradient, out=g[0])
 
     def gather(
         self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
@@ -295,7 +319,7 @@ class NumpyOperations(Operations):
             if saved is not None:
                 s = self._widen(0, saved[block])
                 if dropout is not None and f.reads == "h":  # h was divided by keep; where it was dropped, g is 0
-                    s = np.multiply(s, _keep(dropout), out=self._scratch.wide(0, g.shape))
+                    s = np.multiply(s, keep_probability(dropout), out=self._scratch.wide(0, g.shape))
                 f.df(g, s, self._scratch(g.shape))
             sums.add(g)
             if gh is not gz_in:
@@ -330,7 +354,7 @@ class NumpyOperations(Operations):
 
     def penalty(self, theta: Array, n: int, regularizer: ElasticNet, state: Array) -> None:
         total = 0.0
-        for block in _blocks(slice(0, n)):
+        for block in _blocks(n):
             part = theta[block]
             if regularizer.l2:
                 total += 0.5 * regularizer.l2 * float(np.dot(part, part))
@@ -339,15 +363,16 @@ class NumpyOperations(Operations):
         state[Slot.COST] += total
 
     def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
-        for block in _blocks(slice(0, n)):
+        for block in _blocks(n):
             _add_penalty_gradient(theta[block], regularizer, g[block], self._scratch(block.stop - block.start).a)
 
     def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
         total = 0.0
         scale = float(state[Slot.LOSS_SCALE])
         for part, penalty in _penalised_parts(0, theta.size, n, regularizer):
-            for block in _blocks(part):
-                gb = self._effective_gradient(theta[block], g[block], penalty, scale)
+            t, gp = theta[part], g[part]
+            for block in _blocks(t.size):
+                gb = self._effective_gradient(t[block], gp[block], penalty, scale)
                 total += float(np.dot(gb, gb))
         state[Slot.GRADIENT_NORM] = np.sqrt(total)
 
@@ -405,6 +430,15 @@ class NumpyOperations(Operations):
             finally:
                 self._threads = 1
 
+    @contextmanager
+    def _beside_blas(self, threads: int) -> Iterator[None]:
+        """Leave every GEMM to BLAS and its threads, and share the long passes out."""
+        before, self._beside = self._beside, threads
+        try:
+            yield
+        finally:
+            self._beside = before
+
     def _move_loss_scale(self, finite: bool, state: Array) -> None:
         state[Slot.GOOD_STEPS] = state[Slot.GOOD_STEPS] + 1 if finite else 0
         if not finite:
@@ -443,7 +477,7 @@ class NumpyOperations(Operations):
         bits = philox.bits(dropout.seed, dropout.layer, int(state[Slot.ROUND]), rows, block.shape)
         kept = np.less(bits, threshold, out=self._scratch(block.shape).mask)
         np.multiply(block, kept, out=block)
-        np.multiply(block, 1 / _keep(dropout), out=block)
+        np.multiply(block, 1 / keep_probability(dropout), out=block)
 
     def _effective_gradient(
         self, theta: Array, g: Array, penalty: ElasticNet | None, scale: float, clip: float = 1.0
@@ -472,7 +506,7 @@ class NumpyOperations(Operations):
         clip: float,
     ) -> None:
         """The rule, with the coefficients ``c``, on clip · (g / scale + λ∇Ω(θ)): flat arrays of one length."""
-        for block in _blocks(slice(0, theta.size)):
+        for block in _blocks(theta.size):
             s = self._scratch(block.stop - block.start)
             gb = self._effective_gradient(theta[block], g[block], penalty, scale, clip)
             optimizer.rule(theta[block], gb, [m[block] for m in moments], tuple(c), (s.a, s.b))
@@ -595,14 +629,30 @@ def _one_blas_thread() -> Iterator[None]:
     On a busy machine the threads of a small GEMM wait for each other for whole time slices of the scheduler: a product
     of 0.1 ms was seen to take 24 ms.
     """
+    global _before_the_limit
     if not _ONE_BLAS_THREAD.acquire(blocking=False):
         yield  # limited already, by this thread or another
         return
     try:
+        _before_the_limit = _blas_threads()
         with _blas().limit(limits=1, user_api="blas"):
             yield
     finally:
+        _before_the_limit = None
         _ONE_BLAS_THREAD.release()
+
+
+_before_the_limit: int | None = None
+
+
+def _blas_threads() -> int:
+    """The threads that a GEMM may have, were it not for a limit of ours: the fewest of NumPy's BLAS and any other.
+
+    1 where a user, or a context around this one, wants that.
+    """
+    if _before_the_limit is not None:
+        return _before_the_limit
+    return min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
 
 
 @functools.cache
@@ -621,14 +671,14 @@ def _ones(n: int, dtype: np.dtype) -> Array:
     return _ONES[dtype][:n]
 
 
-def _keep(dropout: Dropout) -> float:
+def keep_probability(dropout: Dropout) -> float:
     """The exact probability with which the mask keeps an entry."""
     return philox.keep_threshold(dropout.rate) / philox.LEVELS
 
 
-def _blocks(part: slice) -> Iterator[slice]:
-    for start in range(part.start, part.stop, FLAT_BLOCK):
-        yield slice(start, min(start + FLAT_BLOCK, part.stop))
+def _blocks(n: int) -> Iterator[slice]:
+    for start in range(0, n, FLAT_BLOCK):
+        yield slice(start, min(start + FLAT_BLOCK, n))
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
