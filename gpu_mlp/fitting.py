@@ -70,7 +70,7 @@ class Fit:
 
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
-        trainer, ops = self.trainer, self.net._ops
+        trainer = self.trainer
         shown = Progress(self.epochs, self.n, progress)
         trainer._recorder.clear()
         try:

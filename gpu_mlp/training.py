@@ -108,6 +108,7 @@ class Trainer:
             self._step(feed, len(x), 0, self.schedule)
         if not ops.waits or self.rounds % LOOK_EVERY == 0:
             self._refuse_divergence(feed)
+        if self.rounds % LOOK_EVERY == 0:  # until then the next cost tells
             self._refuse_bad_weights()
         return ops.snapshot_state(self._state, Slot.COST)
 

@@ -7,7 +7,6 @@ its activation, loss, rule or type, is the reference's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from . import philox, sharing
 from .interface import Dropout, Slot
 from .numpy_ops import Array, NumpyOperations, keep_probability
 
-PART_ELEMENTS = 100_000  # of a pass that is worth another thread
 EVEN_WEIGHTS = np.empty(0)
 
 
@@ -172,13 +170,3 @@ class NumbaOperations(NumpyOperations):
             block, np.uint32(philox.keep_threshold(dropout.rate)), block.dtype.type(1 / keep_probability(dropout)),
             k0, k1, layer, np.uint64(round_ & 0xFFFFFFFF), np.uint64(dropout.first_row + start),
         )  # fmt: skip
-
-    def _parts(self, shape: Sequence[int]) -> list[slice]:
-        """The rows of a pass in parts, one a thread, where it is long enough."""
-        threads = min(self._beside, int(np.prod(shape)) // PART_ELEMENTS)
-        step = max(1, -(-shape[0] // max(1, threads)))
-        return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-
-    def _share(self, shape: Sequence[int], work: Callable[[Any], None]) -> None:
-        parts = self._parts(shape)
-        sharing.for_each(parts, work, len(parts))

@@ -8,9 +8,10 @@ GEMMs multiply float32 copies.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,10 @@ BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 5
 FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
 LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `sharing` does
+PART_ELEMENTS = 400_000  # of a pass that is worth another thread
 LANE_FLOP = 50_000_000  # of a step's GEMMs that are worth another lane
+HEAD_START_FLOP = 10_000_000  # that a thread is through with before it has woken another
+ROW_MULTIPLE = 8  # of rows, that BLAS kernels take at once
 LANE_ROWS = 32  # of a micro-batch, at least: below them a GEMM is slow
 LANE_ELEMENTS = 1 << 18  # of all h of a micro-batch
 MOST_WEIGHTS_A_ROW = 8192  # beyond them adding up the lanes' gradients costs more than the lanes gain
@@ -107,24 +111,31 @@ class NumpyOperations(Operations):
         if lanes < 2 or weights > MOST_WEIGHTS_A_ROW * rows:
             return 1, rows
         in_cache = max(LANE_ROWS, LANE_ELEMENTS // sum(sizes[1:]))
-        return lanes, max(1, min(in_cache, -(-rows // lanes)))
+        if in_cache * lanes < rows:
+            return lanes, in_cache
+        head_start = HEAD_START_FLOP // (6 * weights)  # of the calling thread, whose part the others need not wake for
+        part = -(-(rows + head_start) // (ROW_MULTIPLE * lanes)) * ROW_MULTIPLE
+        return lanes, min(part, rows)
 
     def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
-        if flop < SMALL_GEMM or lanes > 1:
-            return _quiet(_one_blas_thread())
         threads = _blas_threads()
+        if lanes > 1:
+            return _quiet(_one_blas_thread(), self._sharing_passes(lanes))
+        if flop < SMALL_GEMM:
+            return _quiet(_one_blas_thread())
         if threads > 1 and flop < LARGE_GEMM:
-            return _quiet(self._shared_out(threads))
-        return _quiet(self._beside_blas(threads))
+            return _quiet(_one_blas_thread(), self._sharing_products(threads))
+        return _quiet(self._sharing_passes(threads))
 
     def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
         for state in states[1:]:
             state[...] = states[0]
             state[Slot.COST] = 0.0
-        sharing.for_each(range(len(states)), work, len(states))
+        with self._sharing_passes(1):  # a lane is a thread's own
+            sharing.for_each(range(len(states)), work, len(states))
         for state, gradient in zip(states[1:], g[1:]):
             states[0][Slot.COST] += state[Slot.COST]
-            np.add(g[0], gradient, out=g[0])
+            self._add(gradient, g[0])
 
     def gather(
         self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
@@ -134,7 +145,9 @@ class NumpyOperations(Operations):
         if rows is not None:
             rows = rows[first : first + len(out)]
             if source.dtype == out.dtype and source.flags.c_contiguous and not scaled:
-                np.take(source, rows, axis=0, out=out, mode="clip")  # it would first copy all of another order
+                self._share(  # it would first copy all of another order
+                    out.shape, lambda part: np.take(source, rows[part], axis=0, out=out[part], mode="clip")
+                )
                 return
         for block in _row_blocks(len(out), source[0:1].size):
             part = source[slice(first + block.start, first + block.stop) if rows is None else rows[block]]
@@ -153,6 +166,10 @@ class NumpyOperations(Operations):
         dropout: Dropout | None,
         state: Array,
     ) -> None:
+        if self._threads < 2:
+            self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
+            return
+
         def work(rows: slice) -> None:
             part = None if z is None else z[rows]
             self._affine_activation(h_in[rows], W, b, f, h[rows], part, dropout, rows.start, state)
@@ -262,6 +279,9 @@ class NumpyOperations(Operations):
         accumulate: bool,
         state: Array,
     ) -> None:
+        if self._threads < 2:
+            self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)
+            return
         parts = sharing.row_parts(len(gz), 2 * len(gz) * W.size, self._threads)
         sums = [gb, *(None if gb is None else np.empty_like(gb) for _ in parts[1:])]
 
@@ -421,23 +441,40 @@ class NumpyOperations(Operations):
     # --- inside ---
 
     @contextmanager
-    def _shared_out(self, threads: int) -> Iterator[None]:
-        """Share every GEMM out among ``threads`` threads, each with one of BLAS's own."""
-        with _one_blas_thread():
-            self._threads = threads
-            try:
-                yield
-            finally:
-                self._threads = 1
+    def _sharing_products(self, threads: int) -> Iterator[None]:
+        """Share every GEMM out among ``threads`` threads."""
+        before, self._threads = self._threads, threads
+        try:
+            yield
+        finally:
+            self._threads = before
 
     @contextmanager
-    def _beside_blas(self, threads: int) -> Iterator[None]:
-        """Leave every GEMM to BLAS and its threads, and share the long passes out."""
+    def _sharing_passes(self, threads: int) -> Iterator[None]:
+        """Share the long passes out among ``threads`` threads."""
         before, self._beside = self._beside, threads
         try:
             yield
         finally:
             self._beside = before
+
+    def _parts(self, shape: Sequence[int]) -> list[slice]:
+        """The rows of a pass in parts, one a thread, where it is long enough."""
+        threads = min(self._beside, math.prod(shape) // PART_ELEMENTS)
+        step = max(1, -(-shape[0] // max(1, threads)))
+        return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+    def _share(self, shape: Sequence[int], work: Callable[[slice], object]) -> None:
+        """Call ``work(rows)`` for the parts of a pass."""
+        if self._beside < 2:
+            work(slice(0, shape[0]))
+            return
+        parts = self._parts(shape)
+        sharing.for_each(parts, work, len(parts))
+
+    def _add(self, g: Array, out: Array) -> None:
+        """out ← out + g, both flat."""
+        self._share(g.shape, lambda part: np.add(out[part], g[part], out=out[part]))
 
     def _move_loss_scale(self, finite: bool, state: Array) -> None:
         state[Slot.GOOD_STEPS] = state[Slot.GOOD_STEPS] + 1 if finite else 0
@@ -451,7 +488,7 @@ class NumpyOperations(Operations):
     def _matmul(self, a: Array, b: Array, out: Array, threads: int = 1) -> Array:
         """a b in ``out``, or in a new float32 array where ``out`` or a factor is of a 16-bit type."""
         if a.dtype == b.dtype == out.dtype == self._compute:
-            return sharing.matmul(a, b, out, threads)
+            return np.matmul(a, b, out=out) if threads < 2 else sharing.matmul(a, b, out, threads)
         product = np.matmul(a.astype(self._compute), b.astype(self._compute))
         if out.dtype == self._compute:
             out[...] = product
@@ -613,9 +650,11 @@ class _ColumnSums:
 
 
 @contextmanager
-def _quiet(inner: AbstractContextManager[None]) -> Iterator[None]:
-    """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside another context."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"), inner:
+def _quiet(*inner: AbstractContextManager[None]) -> Iterator[None]:
+    """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside other contexts."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"), ExitStack() as stack:
+        for context in inner:
+            stack.enter_context(context)
         yield
 
 
