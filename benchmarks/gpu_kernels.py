@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from timing import on_device, spread
 
-from gpu_mlp import SGD, Adam, AdamW, losses, precision
+from gpu_mlp import EMA, SGD, Adam, AdamW, losses, precision
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.losses import CrossEntropy
 from gpu_mlp.ops.interface import Layout, Slot
@@ -128,6 +128,9 @@ def _updates(name: str, size: int) -> Iterator[Case]:
         layout = Layout([1, 1], 4)  # only Muon looks at it
         work = partial(ops.update, theta, g, moments, rule, layout, 0, None, None, shadow, _state(ops))
         yield Case(f"update {told}", (count,), moved, work)
+    averaged = ops.zeros(count, np.float32)
+    work = partial(ops.average, theta, averaged, EMA(), _state(ops))
+    yield Case("average", (count,), 3 * theta.nbytes, work)
 
 
 def _operations(name: str) -> Any:

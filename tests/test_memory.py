@@ -14,7 +14,7 @@ import helpers  # noqa: F401  (one BLAS thread)
 import numpy as np
 import pytest
 
-from gpu_mlp import L2, LBFGS, MLP, SGD, Adam, ElasticNet, Trainer, activations, losses, optimizers, progress
+from gpu_mlp import EMA, L2, LBFGS, MLP, SGD, Adam, ElasticNet, Trainer, activations, losses, optimizers, progress
 from gpu_mlp.feeding import Resident
 from gpu_mlp.ops.numpy_ops import BLOCK
 
@@ -41,9 +41,9 @@ def smallest_array(sizes, batch, dtype=np.float32):
 def hardly_more(sizes, batch, dtype=np.float32):
     """Bytes of the smallest of all these and batch × outputs: what fits is a few numbers a sample, and no matrix.
 
-    And 1 KiB for the small objects that Python itself makes.
+    And 2 KiB for the small objects that Python itself makes.
     """
-    return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize) + 1024
+    return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize) + 2048
 
 
 def peak_of(run):
@@ -127,6 +127,7 @@ def test_step_with_every_loss(loss):
         {"optimizer": "sgd", "apply_at_once": False},
         {"optimizer": "sgd", "apply_at_once": True},
         {"schedule": "inverse_scaling"},
+        {"average": EMA()},
         {"loss": losses.CrossEntropy(label_smoothing=0.1, class_weight=np.arange(1.0, 11).tolist())},
     ],
     ids=str,
