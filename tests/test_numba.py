@@ -134,7 +134,7 @@ assert type(net._ops).__name__ == "NumpyOperations" and "numba" not in sys.modul
 SIZES, BATCH = [60, 200, 150, 10], 700
 
 
-@pytest.fixture()
+@pytest.fixture
 def _two_threads():
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         if numpy_ops._blas_threads() != 2:
