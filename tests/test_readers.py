@@ -767,7 +767,7 @@ def test_csv_round_trip(tmp_path, rows, delimiter, line_end, chunk):
     rows = [*rows, (1.0, "certainly text", 0)]
     writer.writerows([["" if f is None else repr(f) if isinstance(f, float) else f for f in row] for row in rows])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "CHUNK_FIELDS", chunk)
+        patch.setattr(csv_files, "CHUNK_FIELDS", chunk)
         data = read(write(tmp_path, "t.csv", stream.getvalue()), "y")
     expected = [np.nan if number is None else number for number, _, _ in rows]
     np.testing.assert_array_equal(data.x["number"], expected)
