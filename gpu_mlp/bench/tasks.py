@@ -39,6 +39,14 @@ class Task:
     optimizer: str = "sgd"
     precision: str = "float32"
     device: str = "cpu"
+    lr: float | None = None  # None: the rule's own in OPTIMIZERS
+    seed: int = 0  # of the initial weights
+    rehearsal: bool = False  # peers take the CPU for the GPU that is not there
+
+    @property
+    def peers_device(self) -> str:
+        """Where another library computes."""
+        return "cpu" if self.rehearsal else self.device
 
     @property
     def name(self) -> str:
@@ -76,11 +84,13 @@ class Task:
     @property
     def rule(self) -> Optimizer:
         """The update rule, the same for everybody."""
-        return OPTIMIZERS[self.optimizer]
+        rule = OPTIMIZERS[self.optimizer]
+        return rule if self.lr is None else dataclasses.replace(rule, lr=self.lr)
 
     def as_json(self) -> dict[str, Any]:
         """What a record says of it."""
-        return {**dataclasses.asdict(self), "parameters": self.parameters, "flop": self.flop}
+        kept = ("sizes", "batch", "activation", "optimizer", "precision", "device")
+        return {key: getattr(self, key) for key in kept} | {"parameters": self.parameters, "flop": self.flop}
 
     def data(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """x, (batch, n_0) float32, and labels, (batch,) int64.
@@ -96,7 +106,7 @@ class Task:
 
     def weights(self) -> Weights:
         """(W, b) of every layer, float32: W as He's uniform initialisation draws it, b zero."""
-        rng, drawn = np.random.default_rng(1), []
+        rng, drawn = np.random.default_rng([self.seed, 1]), []
         for n_in, n_out in self.layers:
             W = rng.random((n_out, n_in), np.float32)
             W -= np.float32(0.5)

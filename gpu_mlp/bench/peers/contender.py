@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from ..tasks import Task, Weights
 
+PRECISIONS = {"cpu": ("float32",), "cuda": ("float32", "tf32", "bfloat16")}  # that peers are compared in
+
 
 class Unavailable(RuntimeError):
     """A contender that cannot take part here, and why."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..tasks import Task, Weights
-from .contender import Contender, Unavailable, library
+from .contender import PRECISIONS, Contender, Unavailable, library
 
 
 class JAX(Contender):
@@ -21,9 +21,7 @@ class JAX(Contender):
         self.jax = jax = library("jax", "JAX")
         self.task = task
         self.device = self._device()
-        if task.precision not in ("float32", "tf32", "bfloat16") or (
-            task.device == "cpu" and task.precision != "float32"
-        ):
+        if task.precision not in PRECISIONS[task.device]:
             raise Unavailable(f"not compared in {task.precision} on {task.device}")
         f = {"identity": lambda z: z, "relu": jax.nn.relu, "gelu": lambda z: jax.nn.gelu(z, approximate=False),
              "tanh": jax.numpy.tanh, "sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}.get(task.activation)  # fmt: skip
@@ -39,7 +37,7 @@ class JAX(Contender):
 
     def _device(self) -> Any:
         try:
-            return self.jax.devices("gpu" if self.task.device == "cuda" else "cpu")[0]
+            return self.jax.devices("gpu" if self.task.peers_device == "cuda" else "cpu")[0]
         except RuntimeError:
             raise Unavailable("this JAX finds no GPU") from None
 
@@ -90,6 +88,6 @@ class JAX(Contender):
         return [(np.array(W), np.array(b)) for W, b in self.theta]
 
     def device_bytes(self) -> int | None:
-        if self.task.device != "cuda":
+        if self.task.peers_device != "cuda":
             return None
         return int((self.device.memory_stats() or {}).get("peak_bytes_in_use", 0)) or None

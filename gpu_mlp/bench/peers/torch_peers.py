@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import machine
 from ..tasks import Task, Weights
-from .contender import Contender, Unavailable, library
+from .contender import PRECISIONS, Contender, Unavailable, library
 
 ACTIVATIONS = {"identity": "Identity", "relu": "ReLU", "gelu": "GELU", "tanh": "Tanh", "sigmoid": "Sigmoid",
                "silu": "SiLU", "elu": "ELU", "selu": "SELU"}  # fmt: skip
@@ -27,16 +27,17 @@ class TorchEager(Contender):
 
     def __init__(self, task: Task) -> None:
         self.torch = torch = library("torch", "PyTorch")
-        if task.device == "cuda" and not torch.cuda.is_available():
+        self.device = task.peers_device
+        if self.device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("this PyTorch finds no GPU")
         if task.activation not in ACTIVATIONS:
             raise Unavailable(f"no {task.activation} here")
-        if task.precision in ("float16", "float64") or (task.device == "cpu" and task.precision not in ("float32",)):
+        if task.precision not in PRECISIONS[task.device]:
             raise Unavailable(f"not compared in {task.precision} on {task.device}")
         torch.set_num_threads(machine.cores())
         torch.set_float32_matmul_precision("high" if task.precision == "tf32" else "highest")
         self.task = task
-        self.model = self._model().to(task.device)
+        self.model = self._model().to(self.device)
         self.optimizer = self._optimizer()
         self._compute_loss: Any = self._loss
         self._update: Any = self.optimizer.step
@@ -61,12 +62,12 @@ class TorchEager(Contender):
         return getattr(self.torch.optim, kinds[name])(self.model.parameters(), lr=rule.lr, **decay, **how)
 
     def _loss(self, x: Any, y: Any) -> Any:
-        with self.torch.autocast(self.task.device, self.torch.bfloat16, enabled=self.task.precision == "bfloat16"):
+        with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.task.precision == "bfloat16"):
             return self.torch.nn.functional.cross_entropy(self.model(x), y)
 
     def put(self, x: Any, y: Any) -> tuple[Any, Any]:
         from_numpy = self.torch.from_numpy
-        return from_numpy(np.ascontiguousarray(x)).to(self.task.device), from_numpy(y).to(self.task.device)
+        return from_numpy(np.ascontiguousarray(x)).to(self.device), from_numpy(y).to(self.device)
 
     def step(self, x: Any, y: Any) -> Any:
         self.optimizer.zero_grad(set_to_none=True)
@@ -76,7 +77,7 @@ class TorchEager(Contender):
         return loss.detach()
 
     def wait(self) -> None:
-        if self.task.device == "cuda":
+        if self.device == "cuda":
             self.torch.cuda.synchronize()
 
     def parameters(self) -> Weights:
@@ -90,7 +91,7 @@ class TorchEager(Contender):
             sys.modules["torch"]._dynamo.reset()
 
     def device_bytes(self) -> int | None:
-        return self.torch.cuda.max_memory_allocated() if self.task.device == "cuda" else None
+        return self.torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
 
 class TorchCompiled(TorchEager):
@@ -120,7 +121,7 @@ class TorchGraphs(TorchEager):
     name = "PyTorch CUDA graphs"
 
     def __init__(self, task: Task) -> None:
-        if task.device != "cuda":
+        if task.peers_device != "cuda":
             raise Unavailable("CUDA graphs are for GPUs")
         super().__init__(task)
         if task.optimizer == "sgd":
