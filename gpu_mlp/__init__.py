@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .failures import DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .losses import (
     MAE,
@@ -41,7 +42,7 @@ from .schedules import (
     StepDecay,
     Warmup,
 )
-from .training import DeviceLost, Diverged, Trainer
+from .training import Trainer
 
 if TYPE_CHECKING:
     from .estimators import MLPClassifier as MLPClassifier

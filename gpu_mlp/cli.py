@@ -20,9 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .failures import DeviceLost
 from .ops.interface import DeviceError
 from .options import TrainOptions, merged
-from .training import DeviceLost
 
 app = typer.Typer(
     name="gpu-mlp",

@@ -21,7 +21,7 @@ OPTIONAL = ("cupy-cuda12x", "ml_dtypes", "matplotlib", "pyarrow", "scikit-learn"
 def describe_machine() -> dict[str, str]:
     """Versions, processor, BLAS and GPU, each as a line of text."""
     facts = {"gpu_mlp": _version("gpu-mlp"), "Python": f"{platform.python_version()} on {platform.platform()}"}
-    facts |= {name: _version(name) for name in ("numpy", "scipy", "safetensors")}
+    facts |= {name: _version(name) for name in ("numpy", "scipy")}
     facts["BLAS"] = _blas()
     facts["processors"] = (
         f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable"

@@ -24,7 +24,7 @@ from .optimizers import LBFGS, OPTIMIZERS, SGD, Adam, Optimizer
 from .precision import PRECISIONS
 from .progress import Progress
 from .schedules import Schedule
-from .training import _interrupt_between_steps
+from .signals import interrupt_between_steps
 
 try:
     from scipy.sparse import issparse
@@ -289,7 +289,7 @@ class _BaseMLP(BaseEstimator):
         order = np.arange(n) if self.shuffle else None
         shown = Progress(1 if incremental else self.max_iter, n, bool(self.progress))
         self.n_iter_ = 0
-        with _interrupt_between_steps() as interrupted, net._ops.tuned_for(net._largest_gemm(batch_size)):
+        with interrupt_between_steps() as interrupted, net._ops.tuned_for(net._largest_gemm(batch_size)):
 
             def after_batch(count: int) -> bool:
                 shown.advance(count)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .ops.interface import Array, Operations, Staging
 
+SPARE_BYTES = 64 << 20  # of a device's memory that a resident data set leaves free
 Parts = tuple[Array, Array, "Array | None"]  # x, y and the sample weights, or None
 
 
@@ -43,13 +44,16 @@ class Resident:
         self._rows: Array | None = None
         self._cursor = 0
 
-    def epoch(self, order: NDArray[np.int64] | None) -> Iterator[tuple[int, int]]:
-        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored."""
+    def epoch(self, order: NDArray[np.int64] | None, first: int = 0) -> Iterator[tuple[int, int]]:
+        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored.
+
+        The first ``first`` rows of that order are left out, a whole number of minibatches: a resumed run has had them.
+        """
         self._rows = order
         if order is not None and self._order is not None:
             self._ops.copy(order, self._order)
             self._rows = self._order
-        for cursor in range(0, len(self._sources[0]), self._batch_size):
+        for cursor in range(first, len(self._sources[0]), self._batch_size):
             self._cursor = cursor
             yield self._piece(cursor)
 
@@ -99,12 +103,16 @@ class Streamed:
             for shape, part in zip(shapes, self._sources)
         ]
 
-    def epoch(self, order: NDArray[np.int64] | None) -> Iterator[tuple[int, int]]:
-        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored."""
+    def epoch(self, order: NDArray[np.int64] | None, first: int = 0) -> Iterator[tuple[int, int]]:
+        """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored.
+
+        The first ``first`` rows of that order are left out, a whole number of minibatches: a resumed run has had them.
+        """
         n = len(self._sources[0])
         self._order = order
-        self._pieces = [(cursor, min(self._batch_size, n - cursor)) for cursor in range(0, n, self._batch_size)]
-        self._load(0, 0)
+        self._pieces = [(cursor, min(self._batch_size, n - cursor)) for cursor in range(first, n, self._batch_size)]
+        if self._pieces:
+            self._load(0, 0)
         for at, piece in enumerate(self._pieces):
             self._at, self.key = at, at % 2
             self._receive()

@@ -6,6 +6,7 @@ A leaf: imports NumPy alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -167,3 +168,13 @@ def default(loss: str, n_outputs: int) -> tuple[str, ...]:
     if loss in ("binary_cross_entropy", "hinge"):
         return ("accuracy",)
     return ("rmse", "r2")
+
+
+def chosen(names: Sequence[str] | None, loss: str, n_outputs: int, labels: bool) -> tuple[str, ...]:
+    """``names``, each tried out before any work, or the `default` ones; ``labels`` as in `make`."""
+    if isinstance(names, str):
+        raise TypeError(f"metrics: expected a list of names, got the string {names!r}")
+    wanted = default(loss, n_outputs) if names is None else tuple(names)
+    for name in wanted:
+        make(name, loss, n_outputs, labels)
+    return wanted

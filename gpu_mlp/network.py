@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import activations, checkpoint, checks, initializers, losses, ops, regularizers
+from . import activations, checks, initializers, losses, ops, regularizers, tensorfile
 from . import precision as precisions
 from .losses import Loss
 from .ops.interface import Array, Dropout, Layout, Slot
 from .regularizers import ElasticNet
+from .tensorfile import Expected
 from .workspace import Workspace
 
 CHUNK_ROWS = 8192  # a pass that no minibatch limits takes at most so many rows,
 CHUNK_BYTES = 256 << 20  # and at most as many as fit such buffers
+FILE = tensorfile.Format("model", "a network", 1)
 _INIT_STREAM = 0  # which of the seed's independent streams the initial weights are drawn from
 
 Sink = Callable[[int, Array, Array, bool], None]  # layer, gz, h, accumulate
@@ -280,10 +282,8 @@ class MLP:
         The tensors are named "0.weight", "0.bias", "2.weight", …: the state dict of a ``torch.nn.Sequential`` of
         Linear layers and activations in turn. ``metadata`` goes with them.
         """
-        tensors = {}
-        for l, (W, b) in enumerate(zip(self.layout.weights(self._theta), self.layout.biases(self._theta))):
-            tensors[f"{2 * l}.weight"], tensors[f"{2 * l}.bias"] = self._ops.to_host(W), self._ops.to_host(b)
-        return checkpoint.write(path, tensors, {"network": self._options(), "metadata": self.metadata})
+        tensors = {name: self._ops.to_host(block) for name, block in _tensors(self.layout, self._theta).items()}
+        return tensorfile.write(path, tensors, {"network": self._options(), "metadata": self.metadata}, FILE)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "auto", precision: str | None = None) -> MLP:
@@ -292,21 +292,20 @@ class MLP:
         Raises FileNotFoundError, or ValueError for a file that is not such a model.
         """
         ops.make(device, precisions.get(precision or "float32"))  # a wrong argument is refused before the file is read
-        tensors, header = checkpoint.read(path)
-        try:
-            options, metadata = header["network"], header["metadata"]
-            if not isinstance(options, dict) or not isinstance(metadata, dict):
-                raise TypeError("its header is not an object")
-            wanted = precisions.get(precision or options["precision"])
-            _check_tensors(tensors, _check_sizes(options["sizes"]), wanted)  # before any array of that size is made
-            checks.integer("seed", options["seed"], 0, 2**64 - 1)
-            net = cls(**{**options, "precision": wanted.name}, init=_no_init, device=device)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"model: {path} does not describe a network ({error})") from None
-        for l, (W, b) in enumerate(zip(net.weights, net.biases)):
-            net._ops.copy(net._ops.to_device(tensors[f"{2 * l}.weight"], net._theta.dtype), W)
-            net._ops.copy(net._ops.to_device(tensors[f"{2 * l}.bias"], net._theta.dtype), b)
+        with tensorfile.opened(path, FILE) as file:
+            try:
+                options, metadata = _described(file.header)
+                file.expect(_expected(options["sizes"]))  # before any array of that size is made
+                net = cls(**{**options, "precision": precision or options["precision"]}, init=_no_init, device=device)
+            except (KeyError, TypeError, ValueError) as error:
+                raise file.refusal(error) from None
+            blocks = _tensors(net.layout, net._theta)
+            for name, tensor in file.arrays():
+                checks.fits(f"model: {path}: tensor {name}", tensor, net._precision.storage_dtype)
+                net._ops.copy(net._ops.to_device(tensor, net._theta.dtype), blocks[name])
+        net._exposed = True
         net._refresh()
+        net._exposed = False
         net.metadata = metadata
         return net
 
@@ -520,19 +519,32 @@ def _check_dropout(rates: list[Any], f: list[activations.Activation]) -> tuple[f
     return checked
 
 
-def _check_tensors(tensors: dict[str, NDArray[Any]], sizes: Sequence[int], wanted: precisions.Precision) -> None:
-    """The tensors of a model file are those of a network of these sizes, finite, and fit the wanted precision."""
-    layers = range(len(sizes) - 1)
-    odd = sorted(set(tensors) ^ {f"{2 * l}.{part}" for l in layers for part in ("weight", "bias")})
-    if odd:
-        raise ValueError(f"tensors {', '.join(odd[:6])}{', …' * (len(odd) > 6)} are missing or unknown")
-    for l, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
-        for name, shape in ((f"{2 * l}.weight", (n_out, n_in)), (f"{2 * l}.bias", (n_out,))):
-            if tensors[name].shape != shape:
-                raise ValueError(f"tensor {name} has shape {tensors[name].shape}, not {shape}")
-            checks.finite(f"tensor {name}", tensors[name])
-            checks.fits(f"tensor {name}", tensors[name], wanted.storage_dtype)
+def _tensors(layout: Layout, theta: Array) -> dict[str, Array]:
+    """The blocks of θ by their names in a model file: those of a ``torch.nn.Sequential``, activations between."""
+    weights = {f"{2 * l}.weight": W for l, W in enumerate(layout.weights(theta))}
+    return weights | {f"{2 * l}.bias": b for l, b in enumerate(layout.biases(theta))}
+
+
+def _described(header: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The network's options and the metadata in a model file's header, as far as `MLP` itself does not check them."""
+    options, metadata = header["network"], header["metadata"]
+    if not isinstance(options, dict) or not isinstance(metadata, dict):
+        raise TypeError("its header is not an object")
+    known = {"sizes", "activation", "output", "dropout", "precision", "seed"}
+    if odd := known ^ set(options):
+        raise ValueError(f"{', '.join(sorted(odd))}: missing or unknown")
+    checks.integer("seed", options["seed"], 0, 2**64 - 1)  # where None would draw one
+    precisions.get(options["precision"])
+    return options, metadata
+
+
+def _expected(sizes: Any) -> dict[str, Expected]:
+    """The tensors of a network of these sizes."""
+    expected = {}
+    for l, (n_in, n_out) in enumerate(zip(_check_sizes(sizes), sizes[1:])):
+        expected[f"{2 * l}.weight"], expected[f"{2 * l}.bias"] = Expected((n_out, n_in)), Expected((n_out,))
+    return expected
 
 
 def _no_init(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.float64]:
-    return np.zeros(shape)
+    return np.broadcast_to(np.float64(0), shape)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint
+from . import tensorfile
 from .history import History
 
 TRAINING, VALIDATION, BEST = "#4053d3", "#d9762b", "#8a8a8a"  # blue and orange: told apart by every reader
@@ -43,7 +43,7 @@ def _save(figure: Any, path: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter that the font lacks
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # labels longer than the picture
         figure.savefig(buffer, format="png", dpi=144)
-    checkpoint.write_bytes(path, buffer.getvalue())
+    tensorfile.write_bytes(path, buffer.getvalue())
 
 
 def learning_curves(path: Path, history: History, title: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint
+from . import tensorfile
 from .model import Model
 from .preprocessing import Labels
 
@@ -29,7 +29,7 @@ def to_csv(path: Path | None, model: Model, y_hat: NDArray[Any], shares: NDArray
         return
     text = io.StringIO()
     _rows(csv.writer(text, lineterminator="\n"), model, y_hat, shares)
-    checkpoint.write_bytes(path, text.getvalue().encode())
+    tensorfile.write_bytes(path, text.getvalue().encode())
 
 
 def _rows(writer: Any, model: Model, y_hat: NDArray[Any], shares: NDArray[Any] | None) -> None:
@@ -51,4 +51,4 @@ def to_npy(path: Path, model: Model, y_hat: NDArray[Any], shares: NDArray[Any] |
         array = array.astype(str)
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    checkpoint.write_bytes(path, buffer.getvalue())
+    tensorfile.write_bytes(path, buffer.getvalue())

@@ -307,8 +307,8 @@ X_KEYS = ("x", "X", "data", "features")
 Y_KEYS = ("y", "Y", "labels", "label", "target", "targets")
 
 
-def _npy_array(stream: IO[bytes], size: int, where: str) -> np.ndarray:
-    """The array of an NPY stream of ``size`` bytes; its header is checked against ``size`` before allocating."""
+def npy_header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether in Fortran order, dtype) of an NPY stream of ``size`` bytes, checked against ``size``."""
     with _decoder(where, "NPY"):
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0), (3, 0)):
@@ -326,7 +326,13 @@ def _npy_array(stream: IO[bytes], size: int, where: str) -> np.ndarray:
         raise ValueError(f"{where}: no rows or no columns, shape {shape}")
     if expected != left:
         raise ValueError(f"{where}: shape {shape} of {dtype} needs {expected} bytes after the header, found {left}")
-    return _array_of(_read_exactly(stream, left, where), dtype, shape, fortran)
+    return shape, fortran, dtype
+
+
+def _npy_array(stream: IO[bytes], size: int, where: str) -> np.ndarray:
+    """The array of an NPY stream of ``size`` bytes; its header is checked against ``size`` before allocating."""
+    shape, fortran, dtype = npy_header(stream, size, where)
+    return _array_of(_read_exactly(stream, math.prod(shape) * dtype.itemsize, where), dtype, shape, fortran)
 
 
 def _read_npy_file(file: Path) -> np.ndarray:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint, checks, data, losses, optimizers, options, plots, schedules
+from . import checks, data, losses, optimizers, options, plots, schedules, tensorfile
+from .failures import DeviceLost, Diverged
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
 from .network import MLP
@@ -25,7 +26,7 @@ from .options import TrainOptions
 from .preprocessing import Labels, Preprocessor, TargetScaler, infer_task
 from .readers import RawData
 from .regularizers import ElasticNet
-from .training import DeviceLost, Diverged, Trainer
+from .training import Trainer
 
 DEFAULT_DROPOUT, DEFAULT_SMOOTHING, DEFAULT_SCHEDULE = 0.3, 0.05, "cosine"
 DEFAULT_LR = {"adam": 2e-3, "adamw": 2e-3}
@@ -224,14 +225,14 @@ class Run:
     def _write(self, history: History) -> Result:
         """The files of the run folder, the model first: whatever happens then, what was learned is there."""
         self.model.save(self.folder / "model.safetensors")
-        checkpoint.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
+        tensorfile.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
         outputs = {name: self.model.net.forward(x) for name, (x, _) in self._prepared.items()}
         with np.errstate(all="ignore"):  # the square of a huge target; the figure then says inf
             figures = {
                 name: self.model.figures(outputs[name], _target_of(part)) for name, part in self.parts.named().items()
             }
         record = {**history.to_dict(), "figures": figures}
-        checkpoint.write_bytes(self.folder / "history.json", _json(record).encode())
+        tensorfile.write_bytes(self.folder / "history.json", _json(record).encode())
         if self.options.plots and plots.available():
             self._draw(history, outputs)
         return Result(self.model, history, figures, self.folder)
@@ -336,7 +337,7 @@ def _make(folder: Path) -> list[Path]:
             if not path.exists():
                 path.mkdir(exist_ok=path != folder)  # another run may be making runs/ just now
                 created.insert(0, path)
-        checkpoint.write_bytes(folder / ".probe", b"").unlink()
+        tensorfile.write_bytes(folder / ".probe", b"").unlink()
     except OSError as error:
         _remove_empty(created)
         raise ValueError(f"out: cannot write to {folder} ({os.strerror(error.errno or 0)})") from None

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks
-from .feeding import Buffers, Resident, Streamed
+from .feeding import SPARE_BYTES, Buffers, Resident, Streamed
 from .losses import BinaryCrossEntropy, CrossEntropy, HalfMSE, Loss, Poisson
 from .network import MLP
 from .ops.interface import Array, Operations, Slot
 from .optimizers import LBFGS, SGD, Optimizer
 from .regularizers import L2
 from .schedules import PlateauState, Schedule, plateau_of
-from .training import SPARE_BYTES, Trainer
+from .training import Trainer
 
 
 @dataclass(frozen=True)

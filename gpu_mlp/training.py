@@ -1,63 +1,36 @@
-"""The trainer: minibatches through a network, an optimizer's update after each, and what surrounds that in a real run.
+"""The trainer: one update of a network by an optimizer, and the state that updates move along.
 
-Leans on `network` for the passes and on `ops` for the update. One update is `Trainer._step`; one run is `Trainer.fit`.
+Leans on `network` for the passes and on `ops` for the update. One update is `Trainer._step`; a run of them, which
+`Trainer.fit` starts, is in `fitting`.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data, losses, metrics, optimizers, regularizers, schedules
-from .feeding import Feed, Parts, Resident, Single, Streamed
+from . import checks, losses, optimizers, regularizers, schedules
+from . import metrics as merits
+from .failures import DeviceLost as DeviceLost
+from .failures import Diverged as Diverged
+from .feeding import Feed, Single
+from .fitting import LOOK_EVERY, Callback, Fit
 from .history import EarlyStopping, History
 from .losses import Loss
 from .network import MLP
 from .notices import say_once
-from .ops.interface import Array, DeviceError, Dropout, Recorder, Slot
+from .ops.interface import Array, Dropout, Recorder, Slot
 from .optimizers import LBFGS, SGD, Optimizer
 from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
-from .progress import Progress
 from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
 from .workspace import Workspace
 
 ADVICE = "a lower learning rate or clip_norm helps in most cases"
-LOOK_EVERY = 100  # steps; how often a device that has to be waited for is asked whether the cost is still finite
-SPARE_BYTES = 64 << 20  # of a device's memory that a resident data set leaves free
-Callback = Callable[["Trainer", "dict[str, float]"], Any]
-
-
-class Diverged(ArithmeticError):
-    """The cost or the gradient was not finite; the message says where. The network holds the last good weights.
-
-    ``history`` is what `Trainer.fit` had recorded before; None where a single step diverged.
-    """
-
-    def __init__(self, message: str, history: History | None = None) -> None:
-        super().__init__(message)
-        self.history = history
-
-
-class DeviceLost(RuntimeError):
-    """The device failed in a run. The network is on the CPU now, with the weights of the last whole epoch.
-
-    ``history`` is what `Trainer.fit` had recorded before. The trainer cannot be used any more.
-    """
-
-    def __init__(self, message: str, history: History) -> None:
-        super().__init__(message)
-        self.history = history
 
 
 class Trainer:
@@ -223,36 +196,20 @@ class Trainer:
         they are used where they are. From the host, a data set that fits the GPU's memory is copied there; a larger one
         streams through it, in the same order.
         """
-        run = _Run(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
-        shown = Progress(epochs, run.n, checks.boolean("progress", progress))
-        self._recorder.clear()
-        try:
-            tuned = self.net._ops.tuned_for(self.net._largest_gemm(run.rows))
-            with tuned, _interrupt_between_steps() as interrupted:
-                if isinstance(self.optimizer, LBFGS):
-                    run.minimise(shown, interrupted)
-                else:
-                    run.descend(shown, interrupted)
-        except DeviceError as error:
-            raise run.rescued(error) from error
-        finally:
-            shown.close()
-            self._recorder.clear()  # what it kept alive is free for other work
-        if run.history.stopped == "interrupted":
-            warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=2)
-        return run.history
+        fit = Fit(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
+        return fit.run(checks.boolean("progress", progress))
 
     def evaluate(
         self, x: Any, y: Any, sample_weight: Any = None, metrics: Sequence[str] | None = None
     ) -> dict[str, float]:
         """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`."""
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
-        names = _check_metrics(metrics, self.loss, self.net.sizes[-1], y.ndim == 1)
+        names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], y.ndim == 1)
         return self._evaluate(x, y, w, names)
 
     def _evaluate(self, x: NDArray[Any], y: Array, w: Array | None, names: Sequence[str]) -> dict[str, float]:
         net, ops = self.net, self.net._ops
-        merits = [metrics.make(name, self.loss.name, net.sizes[-1]) for name in names]
+        figures = [merits.make(name, self.loss.name, net.sizes[-1]) for name in names]
         from_z = net.fuses(self.loss)
         net._begin(self.loss, y, w)
         for rows, work in net._predict(x, from_z):
@@ -260,9 +217,9 @@ class Trainer:
             net._add_loss(work, self.loss, y[rows], part)
             if from_z:
                 ops.activate(net._f[-1], work.h[-1], work.h[-1])
-            for merit in merits:
-                merit.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
-        return {"loss": ops.read_state(net._state, Slot.COST), **{merit.name: merit.value() for merit in merits}}
+            for figure in figures:
+                figure.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
+        return {"loss": ops.read_state(net._state, Slot.COST), **{figure.name: figure.value() for figure in figures}}
 
     # --- inside ---
 
@@ -425,319 +382,3 @@ class Trainer:
             chosen = slice(start, start + part.rows)
             net._add_loss(part, self.loss, y[chosen], None if w is None else w[chosen], state)
         return "" if math.isfinite(ops.read_state(state, Slot.COST)) else ", first in the loss"
-
-
-class _Run:
-    """One call of `Trainer.fit`: its data, checked and on the device, its history, and the loop over the epochs."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        dataset: Sequence[Any],
-        epochs: int,
-        batch_size: int,
-        validation: Sequence[Any] | float | None,
-        shuffle: bool,
-        callbacks: Sequence[Callback],
-        early_stopping: EarlyStopping | None,
-        names: Sequence[str] | None,
-    ) -> None:
-        self.trainer, self.net = trainer, trainer.net
-        self.epochs = checks.integer("epochs", epochs, 1)
-        self.x, self.y, self.w = self._check("data", dataset)
-        self.validation = self._on_device(self._check_validation(validation))
-        self.n = len(self.x)
-        self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
-        full_batch = isinstance(trainer.optimizer, LBFGS)
-        self.rows = self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // trainer.accumulate)
-        self.shuffle = checks.boolean("shuffle", shuffle)
-        self.callbacks = list(callbacks)
-        if not all(callable(callback) for callback in self.callbacks):
-            raise TypeError("callbacks: every one must be callable as callback(trainer, row)")
-        if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
-            raise TypeError(f"early_stopping: expected an EarlyStopping, got {type(early_stopping).__name__}")
-        self.early_stopping = early_stopping
-        self.names = _check_metrics(names, trainer.loss, self.net.sizes[-1], self.y.ndim == 1)
-        self.history = History(self._monitor())
-        self._best: NDArray[Any] | None = None
-        self._good = self._remember()
-
-    # --- what is trained on ---
-
-    def _check(self, argument: str, dataset: Any) -> Parts:
-        if not isinstance(dataset, (tuple, list)) or len(dataset) not in (2, 3):
-            raise TypeError(f"{argument}: expected (x, y) or (x, y, sample_weight), got {type(dataset).__name__}")
-        x, y, *w = dataset
-        try:
-            x, y, weight, _ = self.net._check_host(x, y, w[0] if w else None, self.trainer.loss)
-        except (TypeError, ValueError) as error:
-            if argument == "data":
-                raise
-            raise type(error)(f"{argument}: {error}") from None
-        if not len(x):
-            raise ValueError(f"{argument}: no rows")
-        return x, y, weight
-
-    def _check_validation(self, validation: Any) -> Parts | None:
-        if validation is None or isinstance(validation, (tuple, list)):
-            return None if validation is None else self._check("validation", validation)
-        fraction = checks.real("validation", validation, 0, 1, open_minimum=True, open_maximum=True)
-        if len(self.x) < 2:
-            raise ValueError(f"validation: {len(self.x)} rows cannot be split")
-        ops, parts = self.net._ops, (self.x, self.y, self.w)
-        stratify = ops.to_host(self.y) if self.y.ndim == 1 else None
-        kept, held = data.split(len(self.x), fraction, self.trainer.seed, stratify)
-
-        def taken(rows: NDArray[np.int64]) -> Parts:
-            chosen = (None if a is None else a[ops.to_device(rows) if ops.owns(a) else rows] for a in parts)
-            return cast(Parts, tuple(chosen))
-
-        self.x, self.y, self.w = taken(kept)
-        return taken(held)
-
-    def _on_device(self, validation: Parts | None) -> Parts | None:
-        """The validation part with its targets on the device; x goes there piece by piece."""
-        if validation is None:
-            return None
-        (x, y, w), ops = validation, self.net._ops
-        return x, ops.to_device(y), None if w is None else ops.to_device(w)
-
-    def _monitor(self) -> str:
-        columns = ["cost"]
-        if self.validation is not None:
-            columns += ["validation_loss", *(f"validation_{name}" for name in self.names)]
-        wanted = None if self.early_stopping is None else self.early_stopping.monitor
-        if wanted is None:
-            return "cost" if self.validation is None else "validation_loss"
-        return checks.choice("monitor", wanted, columns)
-
-    # --- minibatch descent ---
-
-    def descend(self, progress: Progress, interrupted: threading.Event) -> None:
-        """Every epoch: shuffled minibatches, an update for each, then validation."""
-        trainer, ops = self.trainer, self.net._ops
-        steps = -(-self.n // self.batch_size)
-        schedule = trainer.schedule.over(trainer.rounds + steps * self.epochs, trainer.epoch + self.epochs)
-        trainer._workspace(self.batch_size)
-        feed = self._feed()
-        self._settle_validation()
-        self.net._refresh()
-        for _ in range(self.epochs):
-            started = time.perf_counter()
-            trainer.epoch += 1
-            ops.write_state(trainer._state, {Slot.EPOCH_COST: 0.0})
-            for cursor, rows in feed.epoch(self._order()):
-                trainer._step(feed, rows, cursor, schedule)
-                progress.advance(rows)
-                if not ops.waits or trainer.rounds % LOOK_EVERY == 0:
-                    self._refuse_divergence(feed)
-                if interrupted.is_set():
-                    break
-            if interrupted.is_set():
-                self._finish("interrupted")
-                return
-            self._refuse_divergence(feed)
-            self._refuse_bad_weights()
-            cost = ops.read_state(trainer._state, Slot.EPOCH_COST) / self.n
-            rate = ops.read_state(trainer._state, Slot.LEARNING_RATE)
-            reason = self._end_epoch(cost, rate, started, progress)
-            if reason:
-                self._finish(reason)
-                return
-        self._finish("completed")
-
-    def _settle_validation(self) -> None:
-        """Keep x of the validation part on the device too, where there is room left for it."""
-        free = self.net._ops.free_bytes()
-        if self.validation is not None and free is not None and self.validation[0].nbytes + SPARE_BYTES <= free:
-            self.validation = self.net._ops.to_device(self.validation[0]), *self.validation[1:]
-
-    def _order(self) -> NDArray[np.int64] | None:
-        """The order of the rows in the epoch at hand; None: as they are stored."""
-        return data.epoch_order(self.n, self.trainer.seed, self.trainer.epoch - 1) if self.shuffle else None
-
-    def _feed(self) -> Resident | Streamed:
-        """The data set on the device, or where it does not fit there a stream of it."""
-        ops = self.net._ops
-        parts = self.x, self.y, self.w
-        free = ops.free_bytes()
-        host_bytes = sum(part.nbytes for part in parts if part is not None and not ops.owns(part))
-        if free is None or host_bytes == 0 or host_bytes + SPARE_BYTES <= free:
-            try:
-                moved = (part if part is None or not ops.waits else ops.to_device(part) for part in parts)
-                return Resident(ops, *cast(Parts, tuple(moved)), self.batch_size)
-            except ops.out_of_memory:
-                pass  # what is free need not be in one piece
-        moved_back = (None if part is None else ops.to_host(part) for part in parts)
-        return Streamed(ops, *cast(Parts, tuple(moved_back)), self.batch_size)
-
-    # --- L-BFGS ---
-
-    def minimise(self, progress: Progress, interrupted: threading.Event) -> None:
-        """SciPy's L-BFGS-B on J(θ) over the whole data set; an iteration counts as an epoch."""
-        from scipy.optimize import minimize
-
-        trainer, net = self.trainer, self.net
-        rule = cast(LBFGS, trainer.optimizer)
-        self.x, self.y, self.w = self._whole()
-        started, reason = time.perf_counter(), ""
-
-        def objective(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            self._recall(theta)
-            cost = self._full_gradient()
-            progress.advance(self.n)
-            if not math.isfinite(cost):
-                whole = Single(net._ops, self.x, self.y, self.w, False)
-                work = trainer._workspace(net._chunk_rows(self.n))
-                where = trainer._where_not_finite(whole, 0, self.n, trainer.rounds, work)
-                self._recall(self._good)
-                self.history.stopped = "diverged"
-                raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", self.history)
-            return cost, net._ops.to_host(trainer._g).astype(np.float64)
-
-        def end_iteration(intermediate_result: Any) -> None:
-            nonlocal started, reason
-            trainer.epoch += 1
-            trainer.rounds += 1
-            self._recall(intermediate_result.x)
-            reason = self._end_epoch(float(intermediate_result.fun), 1.0, started, progress)
-            started = time.perf_counter()
-            if interrupted.is_set():
-                reason = "interrupted"
-            if reason:
-                raise StopIteration
-
-        options = {
-            "maxcor": rule.history_size,
-            "gtol": rule.tolerance_grad,
-            "ftol": rule.tolerance_change,
-            "maxiter": self.epochs,
-            "maxfun": rule.max_eval,
-        }
-        start = net._ops.to_host(net._theta).astype(np.float64)
-        result = minimize(objective, start, jac=True, method="L-BFGS-B", callback=end_iteration, options=options)
-        self._recall(result.x)
-        self._finish(reason or ("converged" if result.success else "completed"))
-
-    def _whole(self) -> Parts:
-        """The data set as every iteration takes it: on the device, but for an x that does not fit there."""
-        ops = self.net._ops
-        if ops.waits:
-            say_once("L-BFGS reads J after every pass, so its steps are not recorded as a CUDA graph")
-        y, w = ops.to_device(self.y), None if self.w is None else ops.to_device(self.w)
-        free = ops.free_bytes()
-        fits = free is not None and self.x.nbytes + SPARE_BYTES <= free
-        return ops.to_device(self.x) if fits and not ops.owns(self.x) else self.x, y, w
-
-    def _full_gradient(self) -> float:
-        """J over the whole data set; its gradient, λ∇Ω included, in the trainer's gradient."""
-        trainer, net, ops = self.trainer, self.net, self.net._ops
-        state, g = trainer._state, trainer._g
-        ops.write_state(state, {Slot.COST: 0.0})
-        ops.total_weight(trainer.loss, self.y, self.w, state)
-        work = trainer._workspace(net._chunk_rows(self.n))
-        net._differentiate(self.x, self.y, self.w, trainer.loss, work, trainer._gb, trainer._sink, state)
-        if trainer.regularizer is not None:
-            ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
-            ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)
-        return ops.read_state(state, Slot.COST)
-
-    # --- the end of an epoch, the end of a run ---
-
-    def _end_epoch(self, cost: float, rate: float, started: float, progress: Progress) -> str:
-        """Validate, write the row, remember what is worth it; the reason to stop here, or an empty string."""
-        trainer = self.trainer
-        seconds = time.perf_counter() - started
-        row: dict[str, float] = {
-            "epoch": trainer.epoch, "step": trainer.rounds, "cost": cost, "learning_rate": rate,
-        }  # fmt: skip
-        row |= {"seconds": seconds, "samples_per_second": self.n / max(seconds, 1e-9)}
-        if self.validation is not None:
-            figures = trainer._evaluate(*self.validation, self.names)
-            row |= {f"validation_{name}": figure for name, figure in figures.items()}
-        plateau = schedules.plateau_of(trainer.schedule)
-        if plateau is not None:
-            trainer.plateau.observe(plateau, row.get("validation_loss", cost))
-        stopping = self.early_stopping
-        better = self.history.append(row, 0.0 if stopping is None else stopping.min_delta)
-        self._good = self._remember()
-        if better and stopping is not None and stopping.restore_best:
-            self._best = self._good
-        progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
-        answers = [callback(trainer, dict(row)) for callback in self.callbacks]  # each one is called
-        self.net._refresh()  # a callback may have written to the weights
-        if any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers):
-            return "callback"
-        if stopping is not None and self.history.epochs_since_best >= stopping.patience:
-            return "early stopping"
-        return ""
-
-    def _remember(self) -> NDArray[Any]:
-        """A copy of θ on the host."""
-        return np.array(self.net._ops.to_host(self.net._theta))
-
-    def _recall(self, theta: NDArray[Any]) -> None:
-        net = self.net
-        net._ops.copy(net._ops.to_device(theta, net._theta.dtype), net._theta)
-        if net._shadow is not None:
-            net._ops.copy(net._theta, net._shadow)
-
-    def _finish(self, reason: str) -> None:
-        self.history.stopped = reason
-        if self._best is not None:
-            self._recall(self._best)
-            self.history.restored_best = True
-
-    def rescued(self, error: DeviceError) -> DeviceLost:
-        """Save what a failed device cannot take away: the weights of the last whole epoch, now on the CPU."""
-        self.net._move_to_host(self._good)
-        self.history.stopped = "device lost"
-        kept = "the network is on the CPU now, with the weights of the last whole epoch"
-        return DeviceLost(f"epoch {self.trainer.epoch}: {error}; {kept}", self.history)
-
-    def _refuse_divergence(self, feed: Feed) -> None:
-        try:
-            self.trainer._refuse_divergence(feed)
-        except Diverged as error:
-            self._recall(self._good)
-            self.history.stopped = "diverged"
-            raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
-
-    def _refuse_bad_weights(self) -> None:
-        try:
-            self.trainer._refuse_bad_weights()
-        except Diverged as error:
-            self._recall(self._good)
-            self.history.stopped = "diverged"
-            message = f"epoch {self.trainer.epoch}: {error}; those before the epoch are kept"
-            raise Diverged(message, self.history) from None
-
-
-def _check_metrics(names: Sequence[str] | None, loss: Loss, n_outputs: int, labels: bool) -> tuple[str, ...]:
-    """The names, each tried out before any work."""
-    if isinstance(names, str):
-        raise TypeError(f"metrics: expected a list of names, got the string {names!r}")
-    chosen = metrics.default(loss.name, n_outputs) if names is None else tuple(names)
-    for name in chosen:
-        metrics.make(name, loss.name, n_outputs, labels)
-    return chosen
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that is looked at between steps, so that no update is left half done."""
-    interrupted = threading.Event()
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield interrupted  # another thread, or a program with a rule of its own for Ctrl-C
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -211,7 +211,7 @@ class Watch:
 
 def fit_watch(monkeypatch, trainer, dataset, batch, epochs=2, **options):
     """The memory of a run, its first epoch left out."""
-    monkeypatch.setattr("gpu_mlp.training.Progress", Watch)
+    monkeypatch.setattr("gpu_mlp.fitting.Progress", Watch)
     trainer.fit(dataset, epochs=1, batch_size=batch, progress=False, **options)
     tracemalloc.start()
     try:
@@ -321,8 +321,8 @@ def test_a_run_that_copies_would_be_caught(monkeypatch):
     trainer = trainer_of(LARGE["sizes"])
     honest = Resident.epoch
 
-    def copying(feed, order):
-        for piece in honest(feed, order):
+    def copying(feed, order, first=0):
+        for piece in honest(feed, order, first):
             np.ones((LARGE["batch"], 256), np.float32)
             yield piece
 

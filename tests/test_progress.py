@@ -133,7 +133,7 @@ def test_a_terminal_is_given_back_after_an_error():
         raise KeyError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpu_mlp.training.Progress", Spy)
+        patch.setattr("gpu_mlp.fitting.Progress", Spy)
         with pytest.raises(KeyError):
             Trainer(MLP([2, 2])).fit((np.ones((4, 2)), np.ones((4, 2))), callbacks=[broken])
     assert closed == [True]

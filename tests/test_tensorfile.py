@@ -1,4 +1,4 @@
-"""Model files: the same bits back, the old file or the new one whatever happens, and nothing believed that is read."""
+"""Files of tensors, model files first: the same bits back, the old file or the new one, and nothing believed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from helpers import PROPERTY, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_mlp import MLP, Trainer, checkpoint
+from gpu_mlp import MLP, Trainer, tensorfile
+from gpu_mlp.network import FILE
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -302,7 +304,7 @@ def test_another_version_is_refused(path, version):
         del header["__metadata__"]["format_version"]
     else:
         header["__metadata__"]["format_version"] = version
-    wanted = checkpoint.FORMAT_VERSION
+    wanted = FILE.version
     refused(path, assemble(header, body), f"has format version {version}; this release reads {wanted}")
 
 
@@ -311,7 +313,7 @@ def test_another_version_is_refused(path, version):
     "value", [None, "x", -1, 1.5, [], {}, [None], True, float("nan"), [[4, 7, 5, 3]], "\ud800", 10**30, [[]] * 3]
 )
 def test_a_description_of_no_network_is_refused(path, key, value):
-    refused(path, with_network(**{key: value}), f"model: {path} does not describe a network")
+    refused(path, with_network(**{key: value}), f"model: {path} (does not describe a network|has no readable header)")
 
 
 @pytest.mark.parametrize(
@@ -422,6 +424,247 @@ def test_weights_too_large_for_the_wanted_precision_are_refused(path, wanted, va
     assert MLP.load(path).weights[1][2, 3] == value
     with pytest.raises(ValueError, match=r"2\.weight"):
         MLP.load(path, precision=wanted)
+
+
+# --- reading: a layout that lies ---------------------------------------------------------------------------------
+
+
+def layout(entries, size, metadata=None):
+    """A file with these tensor entries over ``size`` zero bytes."""
+    header = {"__metadata__": metadata or parts()[0]["__metadata__"]} | entries
+    return assemble(header, bytes(size))
+
+
+def entry(begin, end, shape, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+LIES = {
+    "an overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, 12),
+    "the same bytes twice": ({"a": entry(0, 8, [2]), "b": entry(0, 8, [2])}, 8),
+    "a hole": ({"a": entry(0, 8, [2]), "b": entry(12, 20, [2])}, 20),
+    "a hole at the beginning": ({"a": entry(4, 12, [2])}, 12),
+    "bytes behind the last": ({"a": entry(0, 8, [2])}, 9),
+    "bytes and no tensor": ({}, 1),
+    "more than the file has": ({"a": entry(0, 800, [200])}, 8),
+    "an end before its begin": ({"a": entry(8, 0, [2])}, 8),
+    "a shape that does not fit": ({"a": entry(0, 8, [3])}, 8),
+    "a huge shape": ({"a": entry(0, 8, [2**62, 2**62, 2**62])}, 8),
+    "a huge shape with a 0": ({"a": entry(0, 8, [2**62, 0])}, 8),
+    "a negative shape": ({"a": entry(0, 8, [-2])}, 8),
+    "two negative shapes": ({"a": entry(0, 8, [-2, -1])}, 8),
+    "a truth as a shape": ({"a": entry(0, 4, [True])}, 4),
+    "a float as a shape": ({"a": entry(0, 8, [2.0])}, 8),
+    "a shape that is no list": ({"a": entry(0, 8, "2")}, 8),
+    "too many dimensions": ({"a": entry(0, 8, [2] + [1] * 64)}, 8),
+    "negative offsets": ({"a": entry(-8, 0, [2])}, 0),
+    "one offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, 8),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8),
+    "a field too many": ({"a": {**entry(0, 8, [2]), "more": 1}}, 8),
+    "an entry that is no object": ({"a": [0, 8]}, 8),
+    "a type that is no text": ({"a": entry(0, 8, [2], 3)}, 8),
+    "a type that is a list": ({"a": entry(0, 8, [2], ["F32"])}, 8),
+    "a name that cannot be printed": ({"\ud800\n": entry(0, 8, [3])}, 8),
+    "a long name": ({"n" * 10**6: entry(0, 8, [3])}, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_layout_that_lies_is_refused_without_memory_for_it(path, lie):
+    content = layout(*LIES[lie])
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"model: {path} is not a readable safetensors file") as caught:
+            MLP.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 200_000 + 4 * len(content)
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert len(message) < 1000
+    assert message.isprintable()
+    message.encode()
+
+
+@pytest.mark.parametrize("where", ["a tensor", "a field of it", "the metadata", "in our header"])
+def test_a_name_that_stands_twice_is_refused(path, where):
+    """Readers differ in which of the two they take: the file would be another one to each."""
+    header, body = parts()
+    text = json.dumps(header)
+    twice = {
+        "a tensor": ('"0.bias": {', '"0.bias": ' + json.dumps(header["0.bias"]) + ', "0.bias": {'),
+        "a field of it": ('"dtype": "F32"', '"dtype": "F32", "dtype": "F32"'),
+        "the metadata": ('{"__metadata__": {', '{"__metadata__": {}, "__metadata__": {'),
+        "in our header": ('\\"sizes\\": ', '\\"sizes\\": [4, 3], \\"sizes\\": '),
+    }  # fmt: skip
+    old, new = twice[where]
+    assert old in text
+    text = text.replace(old, new, 1)
+    refused(path, struct.pack("<Q", len(text)) + text.encode() + body, f"model: {path} .* twice")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "1" + "0" * 41])
+def test_numbers_that_are_none_are_refused(path, number):
+    header, body = parts()
+    for text in (
+        json.dumps(header).replace('"shape": [7]', f'"shape": [{number}]', 1),
+        json.dumps(header).replace('\\"metadata\\": {', f'\\"metadata\\": {{\\"n\\": {number}', 1),
+    ):
+        assert number in text
+        refused(path, struct.pack("<Q", len(text)) + text.encode() + body, f"model: {path} ")
+
+
+BOMBS = {
+    "deep": b"[" * 1_000_000,
+    "deep objects": b'{"":' * 300_000,
+    "empty lists": b"[" + b"[]," * 2_000_000 + b"[]]",
+    "empty objects": b"[" + b"{}," * 2_000_000 + b"{}]",
+    "small objects": b"[" + b'{"":0},' * 1_000_000 + b"{}]",
+    "names": b"{" + b",".join(b'"%d":0' % n for n in range(400_000)) + b"}",
+    "one name, often": b"{" + b",".join([b'"a":0'] * 300_000) + b"}",
+    "a name twice at the end": b"{" + b",".join(b'"%d":0' % (n % 299_999) for n in range(300_000)) + b"}",
+    "digits": b"[" + b"9" * 5_000_000 + b"]",
+    "blanks": b" " * 30_000_000,
+    "no UTF-8": b"\xff" * 5_000_000,
+    "above the limit": b" " * (tensorfile.MAX_HEADER_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_header_that_is_a_bomb_is_refused_soon_and_without_memory_for_it(path, bomb):
+    path.write_bytes(struct.pack("<Q", len(BOMBS[bomb])) + BOMBS[bomb])
+    began = time.process_time()
+    with pytest.raises(ValueError, match=f"model: {path} is not a readable safetensors file") as caught:
+        MLP.load(path)
+    assert time.process_time() - began < 1
+    assert len(str(caught.value)) < 1000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            MLP.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * path.stat().st_size + 100e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_other_metadata_is_refused(path):
+    header, body = parts()
+    header["__metadata__"]["note"] = "mine"
+    refused(path, assemble(header, body), "unknown metadata note")
+    header["__metadata__"]["note"] = 3
+    refused(path, assemble(header, body), "not text by name")
+
+
+def test_kinds_of_files_are_told_apart(path):
+    other = tensorfile.Format("checkpoint", "a training run", 3)
+    tensorfile.write(path, {}, {}, other)
+    with pytest.raises(ValueError, match=f"model: {path} is a checkpoint, not a model"):
+        MLP.load(path)
+    network().save(path)
+    with (
+        pytest.raises(ValueError, match=f"checkpoint: {path} is a model, not a checkpoint"),
+        tensorfile.opened(path, other),
+    ):
+        pass
+
+
+# --- tensors of any kind -----------------------------------------------------------------------------------------
+
+ANY = tensorfile.Format("checkpoint", "a training run", 3)
+TENSORS = {
+    "flags": np.array([True, False, True]),
+    "bytes": np.arange(5, dtype=np.uint8),
+    "state": np.array([2**64 - 1, 0], np.uint64),
+    "order": np.array([[3, -1], [2**62, 0]]),
+    "half": np.array([0.5, -2], np.float16),
+    "theta": np.random.default_rng(0).normal(size=(3, 4)),
+    "moment": np.random.default_rng(1).normal(size=7).astype(np.float32),
+    "best": np.array([np.inf, np.nan]),
+    "nothing": np.zeros((0, 3)),
+    "single": np.array(2.5),
+}
+EXPECTED = {
+    name: tensorfile.Expected(tensor.shape, (tensorfile.NAMES[tensor.dtype],), finite=name != "best")
+    for name, tensor in TENSORS.items()
+}
+
+
+def arrays(path, expected):
+    with tensorfile.opened(path, ANY) as file:
+        file.expect(expected)
+        return dict(file.arrays())
+
+
+def test_tensors_of_every_type_and_layout_come_back_to_the_bit(path):
+    given = {**TENSORS, "order": np.asfortranarray(TENSORS["order"]), "moment": TENSORS["moment"].astype(">f4")}
+    tensorfile.write(path, given, {"n": 1}, ANY)
+    found = arrays(path, EXPECTED)
+    assert set(found) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert same_bits(found[name], tensor), name
+        assert found[name].flags.writeable
+    theirs = safetensors.load_file(path)  # and the format's own library reads the same
+    for name, tensor in TENSORS.items():
+        assert same_bits(theirs[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "match"),
+    [
+        ("theta", tensorfile.Expected((4, 3), ("F64",)), r"theta has shape \(3, 4\), not \(4, 3\)"),
+        ("theta", tensorfile.Expected((3,), ("F64",)), "theta has shape"),
+        ("theta", tensorfile.Expected((None, None), ("F32",)), "theta is of type F64, not F32"),
+        ("best", tensorfile.Expected((2,), ("F64",)), "best: row 0 is inf"),
+    ],
+)
+def test_what_the_reader_does_not_expect_is_refused(path, name, expected, match):
+    tensorfile.write(path, TENSORS, {}, ANY)
+    with pytest.raises(ValueError, match=match):
+        arrays(path, {**EXPECTED, name: expected})
+
+
+def test_any_length_can_be_expected(path):
+    tensorfile.write(path, TENSORS, {}, ANY)
+    assert arrays(path, {**EXPECTED, "theta": tensorfile.Expected((3, None), ("F64",))})["theta"].shape == (3, 4)
+
+
+def test_a_truth_is_one_of_two_bytes(path):
+    tensorfile.write(path, {"flags": TENSORS["flags"]}, {}, ANY)
+    path.write_bytes(path.read_bytes()[:-1] + b"\2")
+    with pytest.raises(ValueError, match="flags holds more than true and false"):
+        arrays(path, {"flags": EXPECTED["flags"]})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"a": float("inf")}, {"a": 10**50}, {1: 0, "1": 0}, {"a": [0] * (tensorfile.MAX_VALUES + 1)},
+     {"a": "x" * (tensorfile.MAX_HEADER_BYTES + 1)}, {"a": '"' * (tensorfile.MAX_HEADER_BYTES // 3)}],
+    ids=["inf", "digits", "a name twice", "values", "bytes", "bytes once more"],
+)  # fmt: skip
+def test_what_could_not_be_read_back_is_not_written(path, header):
+    with pytest.raises(ValueError, match=r"^checkpoint: its description"):
+        tensorfile.write(path, TENSORS, header, ANY)
+    assert not os.listdir(path.parent)
+
+
+def test_writing_and_reading_take_no_copy_of_the_whole(path):
+    """Tensors go straight from memory to the file; on the way in there is one more tensor than what is read."""
+    given = {str(n): np.ones(1 << 18) for n in range(8)}
+    whole, one = 8 << 21, 1 << 21
+    tracemalloc.start()
+    try:
+        tensorfile.write(path, given, {}, ANY)
+        assert tracemalloc.get_traced_memory()[1] < one
+        net = MLP([2048, 1024, 8])
+        net.save(path)
+        del net
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        MLP.load(path)
+        assert tracemalloc.get_traced_memory()[1] - before < 2 * path.stat().st_size + one
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size < whole
 
 
 def test_truncated_anywhere_is_refused(path):

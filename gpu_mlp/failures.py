@@ -1,0 +1,30 @@
+"""How a training run fails: the cost that is no number, and the device that is gone.
+
+A leaf; each failure carries the history up to it.
+"""
+
+from __future__ import annotations
+
+from .history import History
+
+
+class Diverged(ArithmeticError):
+    """The cost or the gradient was not finite; the message says where. The network holds the last good weights.
+
+    ``history`` is what `Trainer.fit` had recorded before; None where a single step diverged.
+    """
+
+    def __init__(self, message: str, history: History | None = None) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+class DeviceLost(RuntimeError):
+    """The device failed in a run. The network is on the CPU now, with the weights of the last whole epoch.
+
+    ``history`` is what `Trainer.fit` had recorded before. The trainer cannot be used any more.
+    """
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
