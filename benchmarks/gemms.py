@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -51,15 +52,16 @@ def measure(records: Records, deadline: float, device: str, enough: float = 10.0
 
 def on_cpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
     """By kind: seconds of ours and of every BLAS setting, and the share of the best, by rounds in turn."""
-    ours, bare, flop = _operations_of(product, precision), _bare(product), 2 * product.batch * product.n_in * product.n_out
-    settings, found = floor.thread_settings(), {}
+    ops, bare, settings, found = make("cpu", precisions.get(precision)), _bare(product), floor.thread_settings(), {}
+    ours, flop = _operations_of(ops, product), 2 * product.batch * product.n_in * product.n_out
     for kind in KINDS:
         _same(ours[kind](), bare[kind](), precision)
-        works = {"gpu_mlp": (None, ours[kind]), **{str(n): (n, bare[kind]) for n in settings}}
+        works: dict[str, Any] = {"gpu_mlp": (partial(ops.tuned_for, flop), ours[kind])}
+        works |= {str(n): (partial(floor.blas_threads, n), bare[kind]) for n in settings}
         rounds: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(1 if rehearsal else ROUNDS):
-            for name, (threads, work) in works.items():
-                rounds[name].append(_sample(work, threads, flop))
+            for name, (context, work) in works.items():
+                rounds[name].append(_sample(work, context))
         if not rehearsal:
             best = min((str(n) for n in settings), key=lambda n: timing.spread(rounds[n])["median"])
             found[kind] = {
@@ -69,11 +71,10 @@ def on_cpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
     return found
 
 
-def _sample(work: Callable[[], object], threads: int | None, flop: int) -> float:
-    """The seconds of one product; ``threads`` None: those that the operations choose."""
+def _sample(work: Callable[[], object], context: Callable[[], AbstractContextManager[None]]) -> float:
+    """The seconds of one product, within the context that chooses its threads."""
     timing.settle()
-    context = make("cpu", precisions.get("float32")).tuned_for(flop) if threads is None else floor.blas_threads(threads)
-    with context:
+    with context():
         once = timing.repeated(work, _nothing, 2)[0]
         return timing.repeated(work, _nothing, max(1, int(SAMPLE_SECONDS / max(once, 1e-7))))[0]
 
@@ -99,9 +100,8 @@ def _bare(product: Product) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _operations_of(product: Product, precision: str) -> dict[str, Callable[[], Any]]:
+def _operations_of(ops: Any, product: Product) -> dict[str, Callable[[], Any]]:
     """The three products as operations of the interface: fprop with a bias of zeros, for there is none without."""
-    ops = make("cpu", precisions.get(precision))
     h, gz, W = _factors(product).values()
     state, b, f = ops.zeros(len(Slot), np.float64), ops.zeros(product.n_out, np.float32), ACTIVATIONS["identity"]
     out = ops.empty(gz.shape, np.float32), ops.empty(h.shape, np.float32), ops.empty(W.shape, np.float32)

@@ -38,7 +38,7 @@ class Case:
     work: Callable[[], object]
 
 
-def measure(records: Records, device: str, size: int = 256 << 20, samples: int = 30) -> None:
+def measure(records: Records, device: str, size: int, samples: int) -> None:
     """Time every case on arrays of ``size`` bytes, in float32 and in bfloat16, between two timings of the copy."""
     clock = gpu.on_device if device == "cuda" else on_host
     copy = _measure_copy(records, "copy", device, size, samples, clock)

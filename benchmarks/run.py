@@ -54,7 +54,7 @@ from gpu_mlp.bench.records import Records  # noqa: E402
 PARTS = {
     "cuda": {"tests": 230, "sanitizer": 140, "kernels": 45, "gemms": 60, "overhead": 30, "steps": 300, "breakdown": 30,
              "memory": 200, "accuracy": 60, "scaling": 120},
-    "cpu": {"kernels": 20, "gemms": 60, "overhead": 60, "steps": 1500, "breakdown": 90, "memory": 300, "accuracy": 150,
+    "cpu": {"kernels": 30, "gemms": 60, "overhead": 60, "steps": 1500, "breakdown": 90, "memory": 300, "accuracy": 150,
             "scaling": 400, "estimators": 40},
 }  # fmt: skip
 EVERY = tuple(dict.fromkeys([*PARTS["cuda"], *PARTS["cpu"]]))
@@ -80,7 +80,8 @@ def kernels(records: Records, deadline: float, arguments: argparse.Namespace) ->
     import kernels
 
     if not records.done(kernels.LAST):
-        kernels.measure(records, arguments.device, **({"size": 1 << 16, "samples": 2} if records.rehearsal else {}))
+        usual = {"cuda": {"size": 256 << 20, "samples": 30}, "cpu": {"size": 128 << 20, "samples": 7}}[arguments.device]
+        kernels.measure(records, arguments.device, **({"size": 1 << 16, "samples": 2} if records.rehearsal else usual))
 
 
 def gemms(records: Records, deadline: float, arguments: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def facts() -> dict[str, Any]:
         "compute_capability": str(cupy.cuda.Device().compute_capability),
         "multiprocessors": int(properties["multiProcessorCount"]),
         "cache_bytes": int(cupy.cuda.Device().attributes["L2CacheSize"]),
-        "memory_bytes": int(cupy.cuda.runtime.memGetInfo()[1]),
+        "device_memory_bytes": int(cupy.cuda.runtime.memGetInfo()[1]),
         "driver_api": cupy.cuda.runtime.driverGetVersion(),
         "cuda_runtime": cupy.cuda.runtime.runtimeGetVersion(),
         "graphs": bool(gemm.binding().in_graphs),

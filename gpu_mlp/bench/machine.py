@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,33 @@ def free_bytes() -> int | None:
         if found := re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()):
             return 1024 * int(found[1])
     return None
+
+
+class Bystanders:
+    """How many processors others have kept busy since it was made: the share of a measurement that is not its own."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._when = _busy_seconds(), _own_seconds(), time.monotonic()
+
+    def processors(self) -> float | None:
+        """The mean number of processors; time that a virtual machine's host took away counts; None if it is unknown."""
+        now, elapsed = _busy_seconds(), time.monotonic() - self._when
+        if now is None or self._busy is None or elapsed <= 0:
+            return None
+        return round(max(0.0, now - self._busy - (_own_seconds() - self._own)) / elapsed, 3)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that the machine's processors have worked: user, nice, system, interrupts and steal."""
+    with contextlib.suppress(OSError, ValueError):
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def versions() -> dict[str, str]:

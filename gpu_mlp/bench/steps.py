@@ -18,7 +18,8 @@ from . import floor, machine, tasks, timing
 from .peers import OURS, Contender, Unavailable, named
 from .tasks import Expected, Task
 
-SAMPLE_SECONDS = 0.04  # a sample is as many steps as fit, and one at least
+SAMPLE_SECONDS = 0.06  # a sample is as many steps as fit, and one at least
+LONG_STEP = 0.25  # seconds; before a sample of shorter ones comes a step that is not timed
 ROUNDS = (5, 25)
 SECONDS = 12.0  # of one task's rounds
 HEADROOM = 0.8  # of the free memory, for all contenders together
@@ -37,7 +38,7 @@ def measure(
 
     ``contenders`` has by name the spread of seconds a step, of the host's part of them, the samples, and how right the
     result was; ``over_floor`` and ``over_ours`` by name the spreads of ratios; ``absent`` by name why somebody did not
-    take part, ``wrong`` what was off. A rehearsal does all of it and keeps no time.
+    take part, ``wrong`` what was off; ``bystanders`` is the number of processors that other programs kept busy. A rehearsal does all of it and keeps no time.
     """
     record: dict[str, Any] = {"task": task.as_json(), "absent": {}, "wrong": {}, "failed": {}}
     right = admit(task, named(names), record)
@@ -46,9 +47,10 @@ def measure(
     together = _fit_together(task, len(right))
     record["interleaved"] = "in one process, all at once" if together else "in one process, one at a time"
     turns = _turns(task, right) if together else _one_at_a_time(task, right)
+    others = machine.Bystanders()
     samples, floors = _rounds(task, turns, seconds, rounds if together else (3, 3))
     if not rehearsal:
-        record |= figures(samples, floors, task)
+        record |= figures(samples, floors, task) | {"bystanders": others.processors()}
         for name, told in record["contenders"].items():
             told["check"] = right[name][1]
     return record
@@ -128,9 +130,9 @@ class Turn:
         self.repeats = max(1, int(SAMPLE_SECONDS / max(self.seconds, 1e-7)))
 
     def sample(self) -> tuple[float, float]:
-        """Seconds of a step, and the host's part of them; after a pause, and where steps are short one to wake up."""
+        """Seconds of a step, and the host's part of them; once all is quiet, and after a step to wake up."""
         timing.settle()
-        if self.repeats > 1:
+        if self.seconds < LONG_STEP:
             self._of(1)
         return self._of(self.repeats)
 

@@ -6,7 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-SETTLE_SECONDS = 0.03  # the threads of a BLAS or of OpenMP spin for so long after their work, and would disturb the next
+# Threads of a BLAS or of OpenMP wait for more work by spinning, OpenBLAS's for 0.1 s, and would slow down the next.
+LOOK_SECONDS, MOST_LOOKS, ASLEEP = 0.01, 50, 0.1
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
@@ -33,5 +34,9 @@ def repeated(work: Callable[[], object], wait: Callable[[], object], repeats: in
 
 
 def settle() -> None:
-    """Give the threads of what ran before the time to fall asleep."""
-    time.sleep(SETTLE_SECONDS)
+    """Wait until this process does nothing any more."""
+    for _ in range(MOST_LOOKS):
+        busy, started = time.process_time(), time.perf_counter()
+        time.sleep(LOOK_SECONDS)
+        if time.process_time() - busy < ASLEEP * (time.perf_counter() - started):
+            return
