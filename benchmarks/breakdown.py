@@ -143,7 +143,11 @@ class DeviceClock:
 
         for start, marks, end in self._steps:
             since = [cupy.cuda.get_elapsed_time(start, event) / 1e3 for event, _ in marks]
-            yield [(t, 0, kind) for t, (_, kind) in zip(since, marks)], 0.0, cupy.cuda.get_elapsed_time(start, end) / 1e3
+            yield (
+                [(t, 0, kind) for t, (_, kind) in zip(since, marks)],
+                0.0,
+                cupy.cuda.get_elapsed_time(start, end) / 1e3,
+            )
 
 
 @contextlib.contextmanager
@@ -180,4 +184,3 @@ def _product(device: str) -> tuple[Any, str]:
     from gpu_mlp.ops.gemm import GEMM
 
     return GEMM, "__call__"
-

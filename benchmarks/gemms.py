@@ -85,7 +85,11 @@ def _nothing() -> None:
 
 def _factors(product: Product) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    shapes = {"h": (product.batch, product.n_in), "gz": (product.batch, product.n_out), "W": (product.n_out, product.n_in)}
+    shapes = {
+        "h": (product.batch, product.n_in),
+        "gz": (product.batch, product.n_out),
+        "W": (product.n_out, product.n_in),
+    }
     return {name: rng.random(shape, np.float32) - np.float32(0.5) for name, shape in shapes.items()}
 
 
@@ -143,7 +147,9 @@ def on_gpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
     }
     samples = 2 if rehearsal else 20
     for kind, arguments in works.items():
-        found[kind] = {} if rehearsal else {"seconds": {"gpu_mlp": None}, "best": "cublasLt is not there: nvmath-python"}
+        found[kind] = (
+            {} if rehearsal else {"seconds": {"gpu_mlp": None}, "best": "cublasLt is not there: nvmath-python"}
+        )
         gemm(*arguments)
         result = ops.to_host(arguments[2]).copy()
         try:
@@ -186,7 +192,10 @@ class Algorithms:
         compute = gemm._COMPUTE_32F_FAST_TF32 if of.reduced_gemm else gemm._COMPUTE_32F
         self._handle = lt.create()
         self._operation = lt.matmul_desc_create(compute, gemm._TYPES["float32"])
-        for attribute, transposed in ((3, transpose_b), (4, transpose_a)):  # TRANSA and TRANSB: the factors change places
+        for attribute, transposed in (
+            (3, transpose_b),
+            (4, transpose_a),
+        ):  # TRANSA and TRANSB: the factors change places
             value = np.array([int(transposed)], np.int32)
             lt.matmul_desc_set_attribute(self._operation, attribute, value.ctypes.data, value.nbytes)
         self._layouts = [

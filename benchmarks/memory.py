@@ -1,15 +1,16 @@
 """The most memory that a step takes, of every contender in a process of its own.
 
-On a CPU: by how much the process has grown, at most, from before the network was made, frameworks imported, until
-after some steps; compilers have had their first two steps before the peak is taken (Linux alone tells). On a GPU: what
-each library's own allocator has held at most.
+On a CPU: by how much the process has grown, at most, from before the network was made until after some steps. Before
+that the library has taken a step of a tiny network, so that what it loads for itself is not counted; a compiler has had
+two steps of the real one before the peak is taken. Linux alone tells. On a GPU: what each library's own allocator has
+held at most.
 
     python benchmarks/memory.py '{"sizes": [784, 512, 10], "batch": 128, …}' gpu_mlp      # prints the bytes as JSON
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import re
 import subprocess
@@ -24,14 +25,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import plans  # noqa: E402
 
-from gpu_mlp.bench.peers import CONTENDERS, OURS, Unavailable  # noqa: E402
+from gpu_mlp.bench.peers import CONTENDERS, OURS, Contender, Unavailable  # noqa: E402
 from gpu_mlp.bench.records import Records  # noqa: E402
 from gpu_mlp.bench.tasks import Task  # noqa: E402
 
 STEPS = 3
 FIELDS = ("sizes", "batch", "activation", "optimizer", "precision", "device")
-MODULES = {"PyTorch eager": "torch", "torch.compile": "torch", "torch.compile max-autotune": "torch",
-           "PyTorch CUDA graphs": "torch", "JAX jit": "jax", "scikit-learn": "sklearn.neural_network"}  # fmt: skip
 
 
 def measure(records: Records, deadline: float, device: str, names: Sequence[str], enough: float = 40.0) -> None:
@@ -70,24 +69,25 @@ def _child(words: str, name: str, rehearsal: bool) -> dict[str, Any]:
             rehearse()
     told = json.loads(words)
     task = Task(**{**told, "sizes": tuple(told["sizes"])}, rehearsal=rehearsal)
-    if module := MODULES.get(name):
-        with contextlib.suppress(ImportError):
-            __import__(module)
-    before = _resident("VmRSS")
     try:
+        small = dataclasses.replace(task, sizes=(8, 8, task.sizes[-1]), batch=8)
+        _steps(CONTENDERS[name](small), small, 2)
+        before = _resident("VmRSS")
         contender = CONTENDERS[name](task)
     except Unavailable as error:
         return {"absent": str(error)}
-    batch = contender.put(*task.data())
-    for _ in range(2):
-        contender.step(*batch)
-    contender.wait()
+    _steps(contender, task, 2)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    for _ in range(STEPS):
-        contender.step(*batch)
-    contender.wait()
+    _steps(contender, task, STEPS)
     on_device = contender.device_bytes()
     return {"bytes": _resident("VmHWM") - before if on_device is None else on_device}
+
+
+def _steps(contender: Contender, task: Task, count: int) -> None:
+    batch = contender.put(*task.data())
+    for _ in range(count):
+        contender.step(*batch)
+    contender.wait()
 
 
 def _resident(key: str) -> int:

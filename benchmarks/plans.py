@@ -32,8 +32,8 @@ def _deep(width: int, layers: int) -> tuple[int, ...]:
 
 def tiny(device: str) -> Task:
     """The task of a rehearsal."""
-    precision = "float32" if device == "cpu" else "bfloat16"
-    return Task((8, 8, 8, 4), 6, "relu", "adam", precision, device, rehearsal=True)
+    rule, precision = ("adam", "float32") if device == "cpu" else ("adamw", "bfloat16")
+    return Task((8, 8, 8, 4), 6, "relu", rule, precision, device, rehearsal=True)
 
 
 def steps(device: str, rehearsal: bool) -> list[Task]:

@@ -7,7 +7,7 @@ A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`, a
 under benchmarks/results/ that has a results.jsonl and is no rehearsal; NAME is one of `tables.PAGES`. Each folder gets
 a summary.md with all of its pages, and its pictures.
 
-    python benchmarks/report.py FOLDER       # only that folder's summary and pictures, a rehearsal's too; prints the first
+    python benchmarks/report.py FOLDER       # only that folder's summary, which it prints, and pictures
 """
 
 from __future__ import annotations

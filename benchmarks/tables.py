@@ -198,7 +198,9 @@ def _where(record: Record | None) -> str:
     if record is None:
         return ""
     total = sum(record["seconds"].values())
-    return ", ".join(f"{part} {share / total:.0%}" for part, share in record["seconds"].items() if share / total >= 0.005)
+    return ", ".join(
+        f"{part} {share / total:.0%}" for part, share in record["seconds"].items() if share / total >= 0.005
+    )
 
 
 def breakdown(results: Results) -> str:
@@ -255,7 +257,8 @@ def _fixed(record: Record, axis: str) -> str:
     layers, width = len(task["sizes"]) - 1, task["sizes"][0]
     told = {"width": f"width {width}", "depth": f"{layers} layers", "batch": f"batch {task['batch']}"}
     others = [words for name, words in told.items() if name != axis]
-    return f"{axis.capitalize()}, with {' and '.join(others)}, {task['activation']}, {task['optimizer']}, {task['precision']}"
+    others += [task["activation"], task["optimizer"], task["precision"]]
+    return f"{axis.capitalize()}, with {', '.join(others)}"
 
 
 def accuracy(results: Results) -> str:
@@ -323,8 +326,9 @@ def estimators(results: Results) -> str:
 def facts(results: Results) -> str:
     """What everything was taken on."""
     header = results.header
-    kept = ("device", "processor", "processors", "processor_mhz", "memory_bytes", "device_memory_bytes", "driver_api", "cuda_runtime",
-            "nvidia_smi", "system", "python", "versions", "blas", "commit", "code", "clean", "date")  # fmt: skip
+    kept = ("device", "processor", "processors", "processor_mhz", "memory_bytes", "device_memory_bytes", "driver_api",
+            "cuda_runtime", "nvidia_smi", "system", "python", "versions", "blas", "commit", "code", "clean",
+            "date")  # fmt: skip
     return table(["", ""], [(key, _plain(header[key])) for key in kept if header.get(key) not in (None, [], {})])
 
 
@@ -357,7 +361,10 @@ def sanitizer(results: Results) -> str:
     ]  # fmt: skip
     alone = [f"The training without a tool: exit status {r['status']}." for r in found if "clean" not in r]
     return "\n\n".join(
-        [*alone, *([table(["tool", "our kernels", "its summary", "found in ours", "found in others"], rows)] * bool(rows))]
+        [
+            *alone,
+            *([table(["tool", "our kernels", "its summary", "found in ours", "found in others"], rows)] * bool(rows)),
+        ]
     )
 
 

@@ -1,7 +1,7 @@
 """The command `gpu-mlp`: train, evaluate, predict, info, check, bench.
 
-The topmost room: turns words into calls of `runs`, `model`, `environment`, `selfcheck` and `bench`, and errors into one line
-on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
+The topmost room: turns words into calls of `runs`, `model`, `environment`, `selfcheck` and `bench`, and errors into one
+line on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
 interrupted (Ctrl-C).
 """
 
@@ -234,9 +234,7 @@ def bench(
     peers: Annotated[
         str, typer.Option(help="Who takes part if installed: usual, all (torch.compile too: minutes), none, or names")
     ] = "usual",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results.jsonl", show_default="nothing is kept")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl", show_default="nothing is kept")] = None,
 ) -> None:
     """Measure training steps on this machine, against their bare matrix products and other libraries.
 

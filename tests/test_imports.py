@@ -46,7 +46,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "checks": set(),
     "failures": {"history"},
 }
-CUPY = {"ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
+CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
 CLI = {"cli", "__main__"}
 
 

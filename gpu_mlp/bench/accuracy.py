@@ -81,7 +81,13 @@ def measure(
     parts = load(goal.data, rows)
     sizes = (parts.x.shape[1], *goal.hidden, int(parts.y.max()) + 1)
     task = Task(sizes, goal.batch, "relu", "adam", "float32", device, lr=goal.lr, rehearsal=rehearsal)
-    record: dict[str, Any] = {"goal": {**goal.__dict__}, "task": task.as_json(), "absent": {}, "wrong": {}, "failed": {}}
+    record: dict[str, Any] = {
+        "goal": {**goal.__dict__},
+        "task": task.as_json(),
+        "absent": {},
+        "wrong": {},
+        "failed": {},
+    }
     record["rows"] = [len(parts.y), len(parts.y_held_out)]
     right = steps.admit(task, named(names), record)
     runs: dict[str, list[_Run]] = {name: [] for name in right}

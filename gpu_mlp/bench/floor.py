@@ -123,7 +123,7 @@ class OnGPU:
         W = [numbers(n_out, n_in) for n_in, n_out in task.layers]
         out = [ops.empty(a.shape, a.dtype) for a in h]
         gW = [ops.empty(w.shape, of.master_dtype) for w in W]
-        arguments = {
+        arguments: dict[str, Any] = {
             "fprop": lambda l: (h[l], W[l], out[l + 1], False, True),
             "dgrad": lambda l: (gz[l + 1], W[l], out[l], False, False),
             "wgrad": lambda l: (gz[l + 1], h[l], gW[l], True, False),

@@ -1,4 +1,4 @@
-"""What a measurement was taken on and of: device, driver, clocks, versions, BLAS, commit. Every one goes with its run."""
+"""What a measurement was taken on and of: device, driver, clocks, versions, BLAS, commit. All of it goes with a run."""
 
 from __future__ import annotations
 

@@ -67,7 +67,13 @@ def run(
 
 
 def _measure(
-    folder: Path, number: int, device: str, names: Sequence[str], end: float, say: Callable[[str], None], rehearsal: bool
+    folder: Path,
+    number: int,
+    device: str,
+    names: Sequence[str],
+    end: float,
+    say: Callable[[str], None],
+    rehearsal: bool,
 ) -> None:
     kept, tasks = Records(folder, "steps", number, rehearsal, again=True), _tasks(device, rehearsal)
     for position, task in enumerate(tasks):
@@ -78,14 +84,15 @@ def _measure(
         say(f"measuring {task.name}")
         share = left / (len(tasks) - position + 1) * 0.6  # the rest goes into imports, compilers and checks
         with kept.attempt(task.name):
-            kept.add(task.name, **steps.measure(task, names, share, (3, 25), rehearsal))
+            rounds = (1, 1) if rehearsal else (3, 25)
+            kept.add(task.name, **steps.measure(task, names, share, rounds, rehearsal))
     goal = accuracy.GOALS["digits"]
     kept = Records(folder, "accuracy", number, rehearsal, again=True)
     if time.monotonic() < end:
         say(f"measuring digits: epochs to an accuracy of {goal.accuracy:.0%}")
-        rows = 200 if rehearsal else None
+        short: dict[str, Any] = {"rows": 200, "epochs": 1} if rehearsal else {}
         with kept.attempt("digits"):
-            kept.add("digits", **accuracy.measure(goal, names, device, 1, rehearsal, rows))
+            kept.add("digits", **accuracy.measure(goal, names, device, 1, rehearsal, **short))
 
 
 def _float32() -> Any:
@@ -97,7 +104,9 @@ def _float32() -> Any:
 def _tasks(device: str, rehearsal: bool) -> Sequence[Task]:
     if not rehearsal:
         return TASKS[device]
-    return [Task((8, 8, 8, 4), 6, "relu", task.optimizer, task.precision, device, rehearsal=True) for task in TASKS[device]][:2]
+    return [
+        Task((8, 8, 8, 4), 6, "relu", task.optimizer, task.precision, device, rehearsal=True) for task in TASKS[device]
+    ][:2]
 
 
 def _peers(words: str, device: str) -> Sequence[str]:

@@ -38,7 +38,8 @@ def measure(
 
     ``contenders`` has by name the spread of seconds a step, of the host's part of them, the samples, and how right the
     result was; ``over_floor`` and ``over_ours`` by name the spreads of ratios; ``absent`` by name why somebody did not
-    take part, ``wrong`` what was off; ``bystanders`` is the number of processors that other programs kept busy. A rehearsal does all of it and keeps no time.
+    take part, ``wrong`` what was off, ``failed`` what was raised; ``bystanders`` is the number of processors that other
+    programs kept busy. A rehearsal does all of it and keeps no time.
     """
     record: dict[str, Any] = {"task": task.as_json(), "absent": {}, "wrong": {}, "failed": {}}
     right = admit(task, named(names), record)
@@ -202,9 +203,7 @@ def figures(samples: dict[str, list[tuple[float, float]]], floors: list[floor.Sa
         "over_floor": {name: timing.ratios(values, base) for name, values in wall.items()},
     }  # fmt: skip
     if OURS in wall:
-        told["over_ours"] = {
-            name: timing.ratios(values, wall[OURS]) for name, values in wall.items() if name != OURS
-        }
+        told["over_ours"] = {name: timing.ratios(values, wall[OURS]) for name, values in wall.items() if name != OURS}
     return told
 
 

@@ -1,4 +1,4 @@
-"""What is measured: a training step of one network on one batch, with its data, initial weights and expected numbers."""
+"""What is measured: a training step of a network on a batch, with its data, initial weights and expected numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import Adam, AdamW, MLP, SGD, Trainer
+from .. import MLP, SGD, Adam, AdamW, Trainer
 from ..optimizers import Optimizer
 
 Weights = list[tuple[NDArray[Any], NDArray[Any]]]

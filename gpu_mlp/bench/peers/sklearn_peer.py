@@ -55,7 +55,11 @@ class ScikitLearn(Contender):
         for (W, b), coef, intercept in zip(self.task.weights(), self.net.coefs_, self.net.intercepts_):
             coef[...], intercept[...] = W.T, b
         optimizer = self.net._optimizer
-        for moment in [*getattr(optimizer, "ms", []), *getattr(optimizer, "vs", []), *getattr(optimizer, "velocities", [])]:
+        for moment in [
+            *getattr(optimizer, "ms", []),
+            *getattr(optimizer, "vs", []),
+            *getattr(optimizer, "velocities", []),
+        ]:
             moment[...] = 0
         optimizer.t = 0
         self._fresh = False

@@ -83,7 +83,11 @@ class TorchEager(Contender):
     def parameters(self) -> Weights:
         self.wait()
         linears = [module for module in self.model if hasattr(module, "weight")]
-        return [tuple(p.detach().cpu().numpy().copy() for p in (m.weight, m.bias)) for m in linears]  # type: ignore[misc]
+        return [(self._host(linear.weight), self._host(linear.bias)) for linear in linears]
+
+    @staticmethod
+    def _host(parameter: Any) -> Any:
+        return parameter.detach().cpu().numpy().copy()
 
     @classmethod
     def forget(cls) -> None:
@@ -121,9 +125,11 @@ class TorchGraphs(TorchEager):
     name = "PyTorch CUDA graphs"
 
     def __init__(self, task: Task) -> None:
-        if task.peers_device != "cuda":
+        if task.device != "cuda":
             raise Unavailable("CUDA graphs are for GPUs")
         super().__init__(task)
+        if not self.torch.cuda.is_available():
+            raise Unavailable("this PyTorch finds no GPU")
         if task.optimizer == "sgd":
             return
         self.optimizer = self._optimizer(fused=True, capturable=True)
