@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from gpu_mlp import SGD, Adam, ElasticNet
+from gpu_mlp import EMA, SGD, Adam, ElasticNet
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.losses import LOSSES
 from gpu_mlp.ops.interface import Dropout, Slot
@@ -184,6 +184,9 @@ class Bench:
         yield "penalty", "", lambda: ops.penalty(theta, SIZE, net, self.state), {"theta": (n, 0)}
         yield "square_norm", "", lambda: ops.gradient_norm(theta, g, SIZE, net, self.state), {
             "theta": (n, 0), "g": (n, 0)}  # fmt: skip
+        averaged = self.flat()
+        yield "average", "", lambda: ops.average(theta, averaged, EMA(), self.state), {
+            "theta": (n, 0), "averaged": (n, n)}  # fmt: skip
 
 
 def main(path: str) -> None:

@@ -120,6 +120,7 @@ def units() -> Iterator[Unit]:
         yield from _gather_units(storage)
         for length in (VECTOR["float64" if storage == "float64" else "float32"], 1):
             yield _update_unit(storage, length)
+            yield Unit("average.cu", storage, length, (), (("all", ()),))
 
 
 def _flags(macro: str) -> tuple[tuple[str, Macros], ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_mlp import SGD, Adam, AdamW, ElasticNet, losses, precision
+from gpu_mlp import EMA, SGD, Adam, AdamW, ElasticNet, losses, precision
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.bench import device as gpu
 from gpu_mlp.bench import timing
@@ -159,6 +159,9 @@ def _updates(ops: Any, size: int) -> Iterator[Case]:
         layout = Layout([1, 1], 4)  # only Muon looks at it
         work = partial(ops.update, theta, g, moments, rule, layout, 0, None, None, shadow, _state(ops))
         yield Case(f"update {told}", (count,), moved, work)
+    averaged = ops.zeros(count, np.float32)
+    work = partial(ops.average, theta, averaged, EMA(), _state(ops))
+    yield Case("average", (count,), 3 * theta.nbytes, work)
 
 
 def _flat(ops: Any, size: int) -> Iterator[Case]:

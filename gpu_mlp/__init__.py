@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .failures import DeviceLost, Diverged
+from .averaging import EMA
+from .failures import BrokenData, DeviceLost, Diverged
 from .history import EarlyStopping, History
+from .logs import CSVLog, JSONLLog, TensorBoardLog
 from .losses import (
     MAE,
     MSE,
@@ -42,6 +44,7 @@ from .schedules import (
     StepDecay,
     Warmup,
 )
+from .streams import Stream
 from .training import Trainer
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from .estimators import MLPRegressor as MLPRegressor
 
 __all__ = [
+    "EMA",
     "L1",
     "L2",
     "LBFGS",
@@ -63,6 +67,8 @@ __all__ = [
     "AdamW",
     "Adamax",
     "BinaryCrossEntropy",
+    "BrokenData",
+    "CSVLog",
     "Constant",
     "Cosine",
     "CrossEntropy",
@@ -77,6 +83,7 @@ __all__ = [
     "History",
     "Huber",
     "InverseScaling",
+    "JSONLLog",
     "Lion",
     "LogCosh",
     "Muon",
@@ -87,6 +94,8 @@ __all__ = [
     "RMSprop",
     "ReduceOnPlateau",
     "StepDecay",
+    "Stream",
+    "TensorBoardLog",
     "Trainer",
     "Warmup",
 ]

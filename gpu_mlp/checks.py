@@ -6,9 +6,11 @@ A leaf: imports NumPy alone, and every room may lean on it.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import numbers
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +19,8 @@ import numpy as np
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'relu'?` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    few = itertools.islice(known, 2000)  # a table from a stranger may have a million
+    close = difflib.get_close_matches(str(name).lower(), few, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -29,6 +32,12 @@ def choice(argument: str, name: Any, known: Iterable[str]) -> str:
     if name not in known:
         raise ValueError(f"{argument}: unknown name {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     return name
+
+
+def brief(found: Any, most: int = 300) -> str:
+    """A stranger's text, or an error about it, as one line of bounded length that can be printed anywhere."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(found)[: 2 * most].split()))
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def integer(argument: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
@@ -76,6 +85,29 @@ def _interval(minimum: float | None, maximum: float | None, open_minimum: bool, 
     left = "(-inf" if minimum is None else f"{'(' if open_minimum else '['}{minimum:g}"
     right = "inf)" if maximum is None else f"{maximum:g}{')' if open_maximum else ']'}"
     return f" in {left}, {right}"
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i)?)?b?", re.IGNORECASE)
+
+
+def size(argument: str, value: Any) -> int:
+    """``value`` as bytes: a positive integer, or text such as 512MiB (1024s) or 1.5GB (1000s)."""
+    if not isinstance(value, str):
+        return integer(argument, value, 1)
+    found = SIZE.fullmatch(value.strip())
+    if not found:
+        raise ValueError(f"{argument}: expected a size such as 512MiB or 2GiB, got {value!r}")
+    number, letter, binary = found.groups()
+    power = 0 if letter is None else "kmgt".index(letter.lower()) + 1
+    return integer(argument, int(float(number) * (1024 if binary else 1000) ** power), 1)
+
+
+def shown_size(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def boolean(argument: str, value: Any) -> bool:
@@ -164,8 +196,8 @@ def finite(argument: str, array: np.ndarray) -> None:
         raise ValueError(f"{argument}: {_where(first)} is {array[tuple(first)]}; every value must be finite")
 
 
-def sample_weight(value: Any, rows: int) -> np.ndarray | None:
-    """``value`` as (rows,) finite float64 weights ≥ 0 that are not all 0, or None."""
+def sample_weight(value: Any, rows: int, whole: bool = True) -> np.ndarray | None:
+    """``value`` as (rows,) finite float64 weights ≥ 0, or None; of a ``whole`` data set not all are 0."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -176,6 +208,6 @@ def sample_weight(value: Any, rows: int) -> np.ndarray | None:
     finite("sample_weight", array)
     if (array < 0).any():
         raise ValueError(f"sample_weight: row {int(np.argmax(array < 0))} is negative ({array.min()})")
-    if rows and not array.any():
+    if whole and rows and not array.any():
         raise ValueError("sample_weight: every weight is 0; at least one must be positive")
     return array.astype(np.float64, copy=False)

@@ -1,4 +1,4 @@
-"""How a training run fails: the cost that is no number, and the device that is gone.
+"""How a training run fails: the cost that is no number, the device that is gone, the file that cannot be read on.
 
 A leaf; each failure carries the history up to it.
 """
@@ -26,5 +26,17 @@ class DeviceLost(RuntimeError):
     """
 
     def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+class BrokenData(ValueError):
+    """A data set on the disk could not be read on; the message names the file and says what to do.
+
+    ``history`` is what `Trainer.fit` had recorded before, and the network then holds the weights of the last whole
+    epoch; None where nothing had been trained.
+    """
+
+    def __init__(self, message: str, history: History | None = None) -> None:
         super().__init__(message)
         self.history = history

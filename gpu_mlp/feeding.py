@@ -1,7 +1,8 @@
-"""How minibatches reach the operations: from a data set that lives on the device, or through it as a stream.
+"""How minibatches reach the operations: from a data set that lives on the device, or through it from host or disk.
 
-Leans on the operations for gathering and staging. A feed puts one minibatch after the other into buffers that stay
-where they are, so that a step can be recorded; the order of the samples is the same whichever feed it is.
+Leans on the operations for gathering and staging, and on `streams` for what is read from a disk. A feed puts one
+minibatch after the other into buffers that stay where they are, so that a step can be recorded; the order of the
+samples in an array is the same whichever feed it is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ops.interface import Array, Operations, Staging
+from .streams import Order, ReadAhead
 
 SPARE_BYTES = 64 << 20  # of a device's memory that a resident data set leaves free
 Parts = tuple[Array, Array, "Array | None"]  # x, y and the sample weights, or None
@@ -106,10 +108,12 @@ class Streamed:
     def epoch(self, order: NDArray[np.int64] | None, first: int = 0) -> Iterator[tuple[int, int]]:
         """(cursor, rows) of every minibatch of an epoch in this order of the rows; None: as they are stored.
 
-        The first ``first`` rows of that order are left out, a whole number of minibatches: a resumed run has had them.
+        ``first``: how many rows of the epoch have been trained on before; the minibatches go on from there.
         """
-        n = len(self._sources[0])
         self._order = order
+        yield from self._send_all(first, len(self._sources[0]))
+
+    def _send_all(self, first: int, n: int) -> Iterator[tuple[int, int]]:
         self._pieces = [(cursor, min(self._batch_size, n - cursor)) for cursor in range(first, n, self._batch_size)]
         if self._pieces:
             self._load(0, 0)
@@ -139,26 +143,59 @@ class Streamed:
     def _load(self, slot: int, piece: int) -> None:
         """Gather a minibatch on the host and send it on its way."""
         cursor, rows = self._pieces[piece]
-        for part, staging in zip(self._sources, self._slots[slot]):
-            if part is None or staging is None:
-                continue
+        staged = self._slots[slot]
+        for staging in self._staged(slot):
             staging.free()
-            if self._order is None:
-                np.copyto(staging.host[:rows], part[cursor : cursor + rows])
-            else:
-                np.take(part, self._order[cursor : cursor + rows], axis=0, out=staging.host[:rows], mode="clip")
+        self._gather(cursor, [None if staging is None else staging.host[:rows] for staging in staged])
+        for staging in self._staged(slot):
             staging.send(rows)
+
+    def _gather(self, cursor: int, outs: list[NDArray[Any] | None]) -> None:
+        """Fill the host's buffers with the rows from this one on."""
+        for part, out in zip(self._sources, outs):
+            if part is None or out is None:
+                continue
+            if self._order is None:
+                np.copyto(out, part[cursor : cursor + len(out)])
+            else:
+                np.take(part, self._order[cursor : cursor + len(out)], axis=0, out=out, mode="clip")
 
     def _staged(self, slot: int) -> list[Staging]:
         return [staging for staging in self._slots[slot] if staging is not None]
 
     def fetch(self, rows: int, state: Array) -> Parts:
-        """The minibatch that has just been received, cast; queues operations alone."""
-        batch = self._buffers.first(rows)
-        for staging, out in zip(self._slots[self.key], batch):
-            if staging is not None:
-                self._ops.gather(staging.device[:rows], None, out)
-        return batch
+        """The minibatch that has just been received, cast where it has to be; queues operations alone."""
+        x, y, w = map(self._cast, self._slots[self.key], self._buffers.first(rows))
+        return x, y, w
+
+    def _cast(self, staging: Staging | None, out: Array | None) -> Array | None:
+        """What was received, in the type of ``out``: there, or where it is."""
+        if staging is None or out is None:
+            return None
+        received = staging.device[: len(out)]
+        if received.dtype == out.dtype:
+            return received
+        self._ops.gather(received, None, out)
+        return out
+
+
+class FromDisk(Streamed):
+    """A data set on the disk, of which threads read the next rows while minibatches of the last ones are made."""
+
+    def __init__(self, ops: Operations, ahead: ReadAhead, batch_size: int) -> None:
+        super().__init__(ops, *ahead.like, batch_size)
+        self._ahead = ahead
+
+    def epoch(self, order: Order, first: int = 0) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        """(cursor, rows) of every minibatch of an epoch in this order, from row number ``first`` of it on."""
+        self._ahead.begin(order, first)
+        try:
+            yield from self._send_all(first, self._ahead.n)
+        finally:
+            self._ahead.close()
+
+    def _gather(self, cursor: int, outs: list[NDArray[Any] | None]) -> None:
+        self._ahead.take(cursor, outs)
 
 
 class Single:
@@ -199,4 +236,4 @@ class Single:
         return self._batch
 
 
-Feed = Resident | Streamed | Single
+Feed = Resident | Streamed | FromDisk | Single

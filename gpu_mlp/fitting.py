@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import checks, data, metrics, schedules
-from .failures import DeviceLost, Diverged
-from .feeding import SPARE_BYTES, Feed, Parts, Resident, Single, Streamed
+from .failures import BrokenData, DeviceLost, Diverged
+from .feeding import SPARE_BYTES, Feed, FromDisk, Parts, Resident, Single, Streamed
 from .history import EarlyStopping, History
 from .notices import say_once
-from .ops.interface import DeviceError, Slot
+from .ops.interface import Array, DeviceError, Slot
 from .optimizers import LBFGS
 from .progress import Progress
 from .signals import interrupt_between_steps
+from .streams import Stream
 
 if TYPE_CHECKING:
     from .training import Trainer
@@ -39,10 +40,10 @@ class Fit:
     def __init__(
         self,
         trainer: Trainer,
-        dataset: Sequence[Any],
+        dataset: Sequence[Any] | Stream,
         epochs: int,
         batch_size: int,
-        validation: Sequence[Any] | float | None,
+        validation: Sequence[Any] | Stream | float | None,
         shuffle: bool,
         callbacks: Sequence[Callback],
         early_stopping: EarlyStopping | None,
@@ -50,9 +51,16 @@ class Fit:
     ) -> None:
         self.trainer, self.net = trainer, trainer.net
         self.epochs = checks.integer("epochs", epochs, 1)
-        self.x, self.y, self.w = self._check("data", dataset)
+        self.stream = self._check_stream("data", dataset)
+        if self.stream is None:
+            self.x, self.y, self.w = self._check("data", dataset)
         self.validation = self._on_device(self._check_validation(validation))
-        self.n = len(self.x)
+        if self.stream is not None:
+            self.ahead = self.stream.ahead()
+            self.x, self.y, self.w = cast(
+                Parts, self.ahead.like
+            )  # of the first chunk, for what all rows have in common
+        self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         full_batch = isinstance(trainer.optimizer, LBFGS)
         self.rows = self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // trainer.accumulate)
@@ -66,7 +74,7 @@ class Fit:
         self.names = metrics.chosen(names, trainer.loss.name, self.net.sizes[-1], self.y.ndim == 1)
         self.history = History(self._monitor())
         self._best: NDArray[Any] | None = None
-        self._good = self._remember()
+        self._good = self._remember(self.net._theta)
 
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
@@ -82,14 +90,29 @@ class Fit:
                     self.descend(shown, interrupted)
         except DeviceError as error:
             raise self._rescued(error) from error
+        except BrokenData as error:
+            raise self._without_data(error) from error
         finally:
             shown.close()
+            if self.stream is not None:
+                self.ahead.close()
             trainer._recorder.clear()  # what it kept alive is free for other work
         if self.history.stopped == "interrupted":
             warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=3)
         return self.history
 
     # --- what is trained on ---
+
+    def _check_stream(self, argument: str, dataset: Any) -> Stream | None:
+        """A data set on the disk, whose every piece is checked on its way in; None for anything else."""
+        if not isinstance(dataset, Stream):
+            return None
+        if isinstance(self.trainer.optimizer, LBFGS):
+            raise ValueError(
+                f"{argument}: L-BFGS works on the whole data set, many times an iteration, and a stream would be read "
+                "anew each time; use another optimizer, or arrays in memory"
+            )
+        return self.trainer._checked(dataset)
 
     def _check(self, argument: str, dataset: Any) -> Parts:
         if not isinstance(dataset, (tuple, list)) or len(dataset) not in (2, 3):
@@ -105,10 +128,15 @@ class Fit:
             raise ValueError(f"{argument}: no rows")
         return x, y, weight
 
-    def _check_validation(self, validation: Any) -> Parts | None:
+    def _check_validation(self, validation: Any) -> Parts | Stream | None:
         if validation is None or isinstance(validation, (tuple, list)):
             return None if validation is None else self._check("validation", validation)
+        if isinstance(validation, Stream):
+            return self.trainer._checked(validation)
         fraction = checks.real("validation", validation, 0, 1, open_minimum=True, open_maximum=True)
+        if self.stream is not None:
+            self.stream, held_out = self.stream.split(fraction, self.trainer.seed)
+            return held_out
         if len(self.x) < 2:
             raise ValueError(f"validation: {len(self.x)} rows cannot be split")
         ops, parts = self.net._ops, (self.x, self.y, self.w)
@@ -122,10 +150,10 @@ class Fit:
         self.x, self.y, self.w = taken(kept)
         return taken(held)
 
-    def _on_device(self, validation: Parts | None) -> Parts | None:
+    def _on_device(self, validation: Parts | Stream | None) -> Parts | Stream | None:
         """The validation part with its targets on the device; x goes there piece by piece."""
-        if validation is None:
-            return None
+        if validation is None or isinstance(validation, Stream):
+            return validation
         (x, y, w), ops = validation, self.net._ops
         return x, ops.to_device(y), None if w is None else ops.to_device(w)
 
@@ -176,16 +204,23 @@ class Fit:
     def _settle_validation(self) -> None:
         """Keep x of the validation part on the device too, where there is room left for it."""
         free = self.net._ops.free_bytes()
-        if self.validation is not None and free is not None and self.validation[0].nbytes + SPARE_BYTES <= free:
+        if free is None or self.validation is None or isinstance(self.validation, Stream):
+            return
+        if self.validation[0].nbytes + SPARE_BYTES <= free:
             self.validation = self.net._ops.to_device(self.validation[0]), *self.validation[1:]
 
-    def _order(self) -> NDArray[np.int64] | None:
-        """The order of the rows in the epoch at hand; None: as they are stored."""
-        return data.epoch_order(self.n, self.trainer.seed, self.trainer.epoch - 1) if self.shuffle else None
+    def _order(self) -> Any:
+        """The order of the rows in the epoch at hand, as the feed takes it; None: as they are stored."""
+        epoch = self.trainer.epoch - 1
+        if self.stream is not None:
+            return self.stream.order(self.trainer.seed if self.shuffle else None, epoch)
+        return data.epoch_order(self.n, self.trainer.seed, epoch) if self.shuffle else None
 
     def _feed(self) -> Resident | Streamed:
-        """The data set on the device, or where it does not fit there a stream of it."""
+        """The data set on the device, or where it does not fit there a stream of it; or what reads it from the disk."""
         ops = self.net._ops
+        if self.stream is not None:
+            return FromDisk(ops, self.ahead, self.batch_size)
         parts = self.x, self.y, self.w
         free = ops.free_bytes()
         host_bytes = sum(part.nbytes for part in parts if part is not None and not ops.owns(part))
@@ -217,7 +252,7 @@ class Fit:
                 whole = Single(net._ops, self.x, self.y, self.w, False)
                 work = trainer._workspace(net._chunk_rows(self.n))
                 where = trainer._where_not_finite(whole, 0, self.n, trainer.rounds, work)
-                self._recall(self._good)
+                self._fall_back()
                 self.history.stopped = "diverged"
                 raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", self.history)
             return cost, net._ops.to_host(trainer._g).astype(np.float64)
@@ -280,14 +315,14 @@ class Fit:
         }  # fmt: skip
         row |= {"seconds": seconds, "samples_per_second": self.n / max(seconds, 1e-9)}
         if self.validation is not None:
-            figures = trainer._evaluate(*self.validation, self.names)
+            figures = trainer._evaluate(self.validation, self.names)
             row |= {f"validation_{name}": figure for name, figure in figures.items()}
         plateau = schedules.plateau_of(trainer.schedule)
         if plateau is not None:
             trainer.plateau.observe(plateau, row.get("validation_loss", cost))
         stopping = self.early_stopping
         better = self.history.append(row, 0.0 if stopping is None else stopping.min_delta)
-        self._good = self._remember()
+        self._good = self._remember(trainer._model())
         if better and stopping is not None and stopping.restore_best:
             self._best = self._good
         progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
@@ -299,21 +334,31 @@ class Fit:
             return "early stopping"
         return ""
 
-    def _remember(self) -> NDArray[Any]:
-        """A copy of θ on the host."""
-        return np.array(self.net._ops.to_host(self.net._theta))
+    def _remember(self, theta: Array) -> NDArray[Any]:
+        """A copy of a flat array of θ's size on the host."""
+        return np.array(self.net._ops.to_host(theta))
 
-    def _recall(self, theta: NDArray[Any]) -> None:
+    def _recall(self, theta: Array) -> None:
         net = self.net
         net._ops.copy(net._ops.to_device(theta, net._theta.dtype), net._theta)
         if net._shadow is not None:
             net._ops.copy(net._theta, net._shadow)
 
+    def _fall_back(self) -> None:
+        """Put the weights of the last good epoch back."""
+        self._recall(self._good)
+        if self.trainer._averaged is not None:
+            self.net._ops.copy(self.net._theta, self.trainer._averaged)
+
     def _finish(self, reason: str) -> None:
+        """Leave the network with its best weights, where they are wanted, or the averaged ones, where there are any."""
         self.history.stopped = reason
         if self._best is not None:
             self._recall(self._best)
             self.history.restored_best = True
+            return
+        if self.trainer._averaged is not None:
+            self._recall(self.trainer._model())
 
     def _rescued(self, error: DeviceError) -> DeviceLost:
         """Save what a failed device cannot take away: the weights of the last whole epoch, now on the CPU."""
@@ -322,11 +367,18 @@ class Fit:
         kept = "the network is on the CPU now, with the weights of the last whole epoch"
         return DeviceLost(f"epoch {self.trainer.epoch}: {error}; {kept}", self.history)
 
+    def _without_data(self, error: BrokenData) -> BrokenData:
+        """Keep what was learned up to the last whole epoch; what comes after it cannot be read."""
+        self._recall(self._good)
+        self.history.stopped = "data lost"
+        kept = "the network has the weights of the last whole epoch"
+        return BrokenData(f"epoch {self.trainer.epoch}: {error}; {kept}", self.history)
+
     def _refuse_divergence(self, feed: Feed) -> None:
         try:
             self.trainer._refuse_divergence(feed)
         except Diverged as error:
-            self._recall(self._good)
+            self._fall_back()
             self.history.stopped = "diverged"
             raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
 
@@ -334,7 +386,7 @@ class Fit:
         try:
             self.trainer._refuse_bad_weights()
         except Diverged as error:
-            self._recall(self._good)
+            self._fall_back()
             self.history.stopped = "diverged"
             message = f"epoch {self.trainer.epoch}: {error}; those before the epoch are kept"
             raise Diverged(message, self.history) from None

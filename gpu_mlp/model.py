@@ -31,6 +31,8 @@ OUTPUT_OF = {
         "poisson": "exp",
     },
 }
+FIELDS = ("task", "loss", "preprocessor", "target", "data")  # of a model file's metadata
+LONGEST_PATH = 4096
 
 
 class Model:
@@ -124,19 +126,44 @@ class Model:
             path = path / "model.safetensors"
         net = MLP.load(path, device)
         found = net.metadata
+        if missing := [name for name in FIELDS if name not in found]:
+            raise ValueError(f"model: {path} has a network but no {missing[0]!r}; use MLP.load for a bare network")
         try:
-            task, loss = found["task"], found["loss"]
-            checks.choice("task", task, OUTPUT_OF)
-            checks.choice("loss", loss, OUTPUT_OF[task])
-            preprocessor = Preprocessor.from_dict(found["preprocessor"])
-            kind = Labels if task == "classification" else TargetScaler
-            model = cls(net, preprocessor, kind.from_dict(found["target"]), loss, found["data"])
-        except KeyError as error:
-            raise ValueError(f"model: {path} has a network but no {error}; use MLP.load for a bare network") from None
+            return cls._described(net, found)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"model: {path} does not describe a model ({error})") from None
+            raise ValueError(f"model: {path} does not describe a model ({checks.brief(error)})") from None
+
+    @classmethod
+    def _described(cls, net: MLP, found: Mapping[str, Any]) -> Model:
+        """The model that a file's metadata describe around its network; whatever does not fit is refused."""
+        if odd := set(found) - set(FIELDS):
+            raise ValueError(f"unknown fields {', '.join(sorted(odd))}")
+        task = checks.choice("task", found["task"], OUTPUT_OF)
+        loss = checks.choice("loss", found["loss"], OUTPUT_OF[task])
+        if net.output != OUTPUT_OF[task][loss]:
+            raise ValueError(f"loss {loss!r} on the output {net.output!r}, not {OUTPUT_OF[task][loss]!r}")
+        preprocessor = Preprocessor.from_dict(found["preprocessor"])
         if preprocessor.n_features_out != net.sizes[0]:
-            raise ValueError(f"model: {path} prepares {preprocessor.n_features_out} inputs for {net.sizes[0]}")
-        if isinstance(model.target, Labels) and len(model.target) != net.sizes[-1]:
-            raise ValueError(f"model: {path} has {len(model.target)} labels for {net.sizes[-1]} outputs")
-        return model
+            raise ValueError(f"it prepares {preprocessor.n_features_out} inputs for {net.sizes[0]}")
+        target = (Labels if task == "classification" else TargetScaler).from_dict(found["target"])
+        if len(target) != net.sizes[-1]:
+            kind = "labels" if task == "classification" else "scales"
+            raise ValueError(f"it has {len(target)} {kind} for {net.sizes[-1]} outputs")
+        return cls(net, preprocessor, target, loss, _source(found["data"]))
+
+
+def _source(found: Any) -> dict[str, Any]:
+    """Where the training data came from, as a model file says it: known options, each of its type."""
+    if not isinstance(found, dict):
+        raise TypeError(f"data: expected an object, got {type(found).__name__}")
+    for name, value in found.items():
+        if name in ("data", "target", "folder"):
+            if value is not None and not (isinstance(value, str) and len(value) <= LONGEST_PATH):
+                raise TypeError(f"data.{name}: expected text of at most {LONGEST_PATH} characters, got {value!r}")
+        elif name in ("test", "validation"):
+            checks.real(f"data.{name}", value, 0, 1, open_maximum=True)
+        elif name == "seed":
+            checks.integer("data.seed", value, 0)
+        else:
+            raise ValueError(f"data: unknown option {name!r}")
+    return found

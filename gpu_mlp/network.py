@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,23 @@ class MLP:
         """Bring the GEMMs' copy of θ up to date with what a user may have written through a view."""
         if self._exposed and self._shadow is not None:
             self._ops.copy(self._theta, self._shadow)
+
+    @contextmanager
+    def _holding(self, theta: Array) -> Iterator[None]:
+        """Within it the network's parameters are those in ``theta``, a flat array like its own on the same device."""
+        own = self._theta
+        self._hold(theta)
+        try:
+            yield
+        finally:
+            self._hold(own)
+
+    def _hold(self, theta: Array) -> None:
+        self._theta = theta
+        if self._shadow is None:
+            self._W, self._b = self.layout.weights(theta), self.layout.biases(theta)
+        else:
+            self._ops.copy(theta, self._shadow)
 
     def _predict(self, x: NDArray[Any], from_z: bool) -> Iterator[tuple[slice, Workspace]]:
         """The forward pass over x, chunk by chunk: the rows of each, and the workspace that holds their h[L]."""

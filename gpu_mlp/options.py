@@ -70,6 +70,9 @@ class TrainOptions:
     )
     warmup: int = _option(0, TRAINING, "Updates of linear warm-up before the schedule")
     clip_norm: float | None = _option(None, TRAINING, "Scale a gradient down to this norm", "no clipping")
+    average: float | None = _option(
+        None, TRAINING, "Decay (0.999, say) of a moving average of the weights, which is validated and saved", "none"
+    )
     epochs: int = _option(60, TRAINING, "Passes over the training part")
     batch_size: int = _option(64, TRAINING, "Rows of one update")
     accumulate: int = _option(1, TRAINING, "Micro-batches a batch is cut into: the same update with less memory")
@@ -83,6 +86,9 @@ class TrainOptions:
     seed: int = _option(0, RUN, "Of the split, the initial weights, the shuffles and the dropout masks")
     out: str | None = _option(None, RUN, "Run folder; must be new or empty", "a new one under runs/")
     plots: bool = _option(True, RUN, "Draw the learning curves and the confusion matrix (needs matplotlib)")
+    log: str | None = _option(
+        None, RUN, "A row an epoch in the run folder: csv, jsonl or tensorboard, or several: csv,jsonl", "none"
+    )
     progress: bool = _option(True, RUN, "Show the progress on standard error")
 
     def __post_init__(self) -> None:
@@ -91,7 +97,7 @@ class TrainOptions:
             if value is None and option.default is None:
                 continue
             kind = str(option.type).replace(" | None", "")
-            if option.name in ("hidden", "activation") and isinstance(value, (list, tuple)):
+            if option.name in ("hidden", "activation", "log") and isinstance(value, (list, tuple)):
                 value = ",".join(str(part) for part in value)
             setattr(self, option.name, _CHECKS[kind](option.name, value))
 
@@ -126,15 +132,21 @@ _CHECKS: dict[str, Any] = {
 
 def merged(config: str | os.PathLike[str] | None, given: Mapping[str, Any]) -> TrainOptions:
     """The options: those given on the command line, then those of the TOML file, then the defaults."""
-    values = {} if config is None else _read_toml(Path(config))
+    values = {} if config is None else read_toml(Path(config))
+    return from_values(values, config, **{name: value for name, value in given.items() if value is not None})
+
+
+def from_values(values: Mapping[str, Any], path: str | os.PathLike[str] | None, **given: Any) -> TrainOptions:
+    """The options of the TOML file at ``path``, and over them those ``given``; an unknown name is refused."""
     known = [option.name for option in dataclasses.fields(TrainOptions)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{config}: unknown option {name!r}{checks.nearest(name, known)}")
-    return TrainOptions(**{**values, **{name: value for name, value in given.items() if value is not None}})
+            raise ValueError(f"{path}: unknown option {name!r}{checks.nearest(name, known)}")
+    return TrainOptions(**{**values, **given})
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file by name, with _ for -."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10

@@ -33,19 +33,15 @@ class Plan:
     def summary(self) -> str:
         """The total and its largest parts, in a line."""
         largest = sorted(self.parts.items(), key=lambda item: -item[1])[:3]
-        return f"{size(self.total)} planned, {', '.join(f'{name} {size(count)}' for name, count in largest)}"
+        parts = ", ".join(f"{name} {checks.shown_size(count)}" for name, count in largest)
+        return f"{checks.shown_size(self.total)} planned, {parts}"
 
     def lines(self) -> dict[str, str]:
         """Every part that takes memory, and the total, for a table."""
-        return {**{name: size(count) for name, count in self.parts.items() if count}, "in all": size(self.total)}
-
-
-def size(count: int) -> str:
-    """A number of bytes in the unit that suits it."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"
+        return {
+            **{name: checks.shown_size(count) for name, count in self.parts.items() if count},
+            "in all": checks.shown_size(self.total),
+        }
 
 
 def plan_memory(
@@ -58,13 +54,14 @@ def plan_memory(
     accumulate: int = 1,
     stores_gradient: bool = True,
     layer_gradient: bool = False,
+    averaged: bool = False,
 ) -> Plan:
     """The memory of a step on ``batch_size`` rows.
 
     sizes: n_0, n_1, …, n_L; names: the activation of every layer, the output's last; fused: whether the loss is
     computed from z of the output layer; accumulate: the number of micro-batches; stores_gradient: False where plain SGD
-    applies each layer's gradient at once, layer_gradient: which L1 makes it keep one layer's of. The data set itself is
-    not in it.
+    applies each layer's gradient at once, layer_gradient: which L1 makes it keep one layer's of; averaged: whether an
+    average of θ is kept. The data set itself is not in it.
     """
     batch_size, accumulate = checks.integer("batch_size", batch_size, 1), checks.integer("accumulate", accumulate, 1)
     of, rule = precisions.get(precision), rules.get(optimizer)
@@ -77,6 +74,7 @@ def plan_memory(
         f"θ in {of.storage}": layout.size * storage if of.has_shadow else 0,
         "gradient": (layout.size if stores_gradient else layout.size - layout.n_weights) * master,
         "moments": len(rule.moments) * layout.size * master,
+        "average of θ": layout.size * master if averaged else 0,
         "minibatch": batch_size * (sizes[0] * storage + sizes[-1] * master + 16),
         "h": rows * sum(sizes[1:]) * storage,
         "z": rows * sum(keeps_z) * storage,

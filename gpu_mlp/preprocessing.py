@@ -571,6 +571,7 @@ def _not_finite(numbers: _Numbers, rows: slice, rounded: np.ndarray) -> ValueErr
 
 # --- labels ----------------------------------------------------------------------------------------------------------
 
+MOST_CHARACTERS = 1 << 22  # of a fixed-width array of labels in a file
 LABEL_TYPES: dict[str, type] = {  # the Python type, in JSON, of the labels of each dtype
     **dict.fromkeys(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"), int),
     **dict.fromkeys(("float16", "float32", "float64"), float),
@@ -649,6 +650,8 @@ class Labels:
             raise ValueError(f"labels.classes: expected a list of two {kind.__name__} or more, got {_brief(classes)}")
         if not all(low < high for low, high in itertools.pairwise(classes)):
             raise ValueError(f"labels.classes: expected different labels in ascending order, got {_brief(classes)}")
+        if name == "str" and len(classes) * max(map(len, classes)) > MOST_CHARACTERS:
+            name = "object"  # every label of a "str" array takes the room of the longest
         try:
             with np.errstate(over="ignore"):
                 array = _label_values(np.array(classes, name))
@@ -729,6 +732,10 @@ class TargetScaler:
         numbers = _Numbers(values, [f"y, output {j}" for j in range(k)], len(values))
         mean, scale = _mean_and_scale(numbers, _survey(numbers), None) if standardize else (np.zeros(k), np.ones(k))
         return cls(mean, scale, 1 if np.ndim(y) == 1 else 2)
+
+    def __len__(self) -> int:
+        """The number of outputs, k."""
+        return len(self.mean)
 
     def transform(self, y: ArrayLike, dtype: DTypeLike = np.float32) -> np.ndarray:
         """y (n,) or (n, k) -> (n, k) array of ``dtype`` float32 or float64, C order."""

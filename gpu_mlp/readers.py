@@ -5,6 +5,7 @@ Leans on `checks` and NumPy; pyarrow is imported only when a Parquet file is rea
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import struct
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +29,7 @@ import numpy as np
 from . import checks
 
 BUILT_IN = ("digits", "fashion-mnist")
+MOST_SHOWN = 2000  # characters of an error about a file
 MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"})
 
 Columns = dict[str, np.ndarray]
@@ -81,7 +84,12 @@ def read(path: PathLike, target: str | os.PathLike[str] | None = None, *, requir
             raise ValueError(f"target: {source!r} already names the file of y; got target={wanted!r}")
         source, wanted = (part.strip() for part in pair)
     file = _existing(source)
-    return _reader_of(file)(file, wanted, require_target)
+    try:
+        return _reader_of(file)(file, wanted, require_target)
+    except ValueError as error:  # names and values in it are the file's own: of any length, and perhaps not printable
+        raise ValueError(checks.brief(error, MOST_SHOWN)) from None
+    except MemoryError:
+        raise ValueError(f"{file}: there is not enough memory for it") from None
 
 
 def _existing(source: str) -> Path:
@@ -114,7 +122,7 @@ def load_digits() -> RawData:
     """The UCI optical digits that ship in the package: x (1797, 64) uint8 of 0..16, y (1797,) uint8 of 0..9."""
     resource = importlib.resources.files("gpu_mlp") / "datasets" / "digits.npz"
     with resource.open("rb") as stream:  # a stream and not a path: the package may lie inside a zip
-        arrays = _Npz(stream, "digits.npz")
+        arrays = Npz(stream, "digits.npz")
         return RawData(arrays["x"], arrays["y"], name="digits")
 
 
@@ -142,7 +150,7 @@ def load_fashion_mnist(folder: PathLike | None = None) -> RawData:
 def _inputs(array: np.ndarray, where: str) -> np.ndarray:
     """``array`` as the (n, d) matrix x, its dtype kept: one dimension is one feature, more than two are flattened."""
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{where}: x must hold real numbers, got dtype {array.dtype}")
+        raise ValueError(f"{where}: x must hold real numbers, got dtype {checks.brief(array.dtype)}")
     if array.ndim == 0:
         raise ValueError(f"{where}: x must be (n, d), got a single number")
     return array.reshape(len(array), -1)
@@ -174,13 +182,30 @@ def _with_test(train: RawData, test: RawData, where: str) -> RawData:
 
 def _listed(names: Sequence[str], most: int = 20) -> str:
     """``a, b, c``, cut after ``most`` names."""
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    shown = (checks.brief(name, 80) for name in names[:most])
+    return ", ".join(shown) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 # --- bytes that may be broken ----------------------------------------------------------------------------------------
 
 DEFLATE_RATIO = 1032  # deflate cannot expand a byte into more: a larger claim is a lie, refused before allocating
+LIKELY_RATIO = 200  # what real data are packed by at most; more is a bomb,
+FREE_BYTES = 1 << 27  # unless it is no larger than this
 CHUNK_BYTES = 1 << 24
+
+
+def _most_unpacked(size: int) -> int:
+    """How many bytes a file of ``size`` may unpack into."""
+    return max(FREE_BYTES, LIKELY_RATIO * size)
+
+
+def _check_unpacked(where: Path | str, size: int, unpacked: int, remedy: str) -> None:
+    """Refuse a packed file that would fill the memory, or that a bomb could hide in."""
+    if unpacked > _most_unpacked(size):
+        raise ValueError(
+            f"{where}: {size} bytes would unpack into {unpacked}, {unpacked // max(1, size)} times as many, as a "
+            f"file made to fill the memory does; if you trust it, {remedy}"
+        )
 
 
 @contextlib.contextmanager
@@ -189,28 +214,35 @@ def _decoder(where: Path | str, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # all of them: on hostile bytes zipfile, gzip, ast and pyarrow raise twenty kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = checks.brief(error) or type(error).__name__
         raise ValueError(f"{where}: cut short or not a valid {kind} file ({reason})") from error
 
 
 def _read_exactly(stream: IO[bytes], count: int, where: Path | str) -> np.ndarray:
     """The last ``count`` bytes of ``stream`` as a writable (count,) uint8 array; ValueError for fewer or for more."""
-    buffer = np.empty(count, np.uint8)
-    filled = 0
+    buffer = bytearray()  # grows with what there is, not with what a header says
     with _decoder(where, "data"):
-        while filled < count and (piece := stream.read(min(CHUNK_BYTES, count - filled))):
-            buffer[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
-            filled += len(piece)
+        while len(buffer) < count and (piece := stream.read(min(CHUNK_BYTES, count - len(buffer)))):
+            buffer += piece
         surplus = stream.read(1)
-    if filled < count or surplus:
-        found = f"more than {count}" if surplus else str(filled)
+    if len(buffer) < count or surplus:
+        found = f"more than {count}" if surplus else str(len(buffer))
         raise ValueError(f"{where}: expected {count} bytes after the header, found {found}")
-    return buffer
+    return np.frombuffer(buffer, np.uint8)
 
 
 def _array_of(data: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = False) -> np.ndarray:
-    """Bytes -> array of native byte order; no copy where the bytes are in that order already."""
+    """Bytes -> array of native byte order; no copy where the bytes are in that order already.
+
+    Raises ValueError for bytes that are no value of the type: a truth above 1, a character that there is not.
+    """
     array = data.view(dtype)
+    if dtype.kind == "b" and data.max(initial=0) > 1:
+        raise ValueError("a boolean that is neither 0 nor 1")
+    if dtype.kind == "U":
+        codes = data.view(np.dtype("u4").newbyteorder(dtype.byteorder))
+        if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
+            raise ValueError("text that is not Unicode")
     array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
     return array.astype(dtype.newbyteorder("="), copy=False)
 
@@ -264,6 +296,8 @@ def read_idx(path: PathLike) -> np.ndarray:
                 f"{file}: a header of {header} bytes and {' x '.join(map(str, shape))} {dtype.name} values make an "
                 f"expected {header + count} bytes, found {size}{' of gzip' if packed else ''}"
             )
+        if packed:
+            _check_unpacked(file, size, header + count, "unpack it first (gunzip)")
         return _array_of(_read_exactly(stream, count, file), dtype, shape)
 
 
@@ -305,6 +339,8 @@ def _read_idx_folder(folder: Path, target: str | None, require_target: bool) -> 
 
 X_KEYS = ("x", "X", "data", "features")
 Y_KEYS = ("y", "Y", "labels", "label", "target", "targets")
+NPY_HEADER_BYTES = 10_000  # what NumPy itself reads at most
+NPY_DIMENSIONS = 32  # what every supported NumPy can reshape to
 
 
 def npy_header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -313,9 +349,16 @@ def npy_header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0), (3, 0)):
             raise ValueError(f"format version {version}")
+        length = stream.read(2 if version[0] == 1 else 4)
+        if (announced := int.from_bytes(length, "little")) > NPY_HEADER_BYTES:
+            raise ValueError(f"a header of {announced} bytes")
         # Version 3 differs from 2 only in the encoding of field names, and records are refused below.
         read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python says of odd literals in a header
+            shape, fortran, dtype = read_header(io.BytesIO(length + stream.read(announced)))
+        if len(shape) > NPY_DIMENSIONS:
+            raise ValueError(f"{len(shape)} dimensions")
         left = size - stream.tell()
     if dtype.hasobject:
         raise ValueError(f"{where}: holds pickled Python objects, which are never loaded; save numbers or strings")
@@ -332,7 +375,9 @@ def npy_header(stream: IO[bytes], size: int, where: str) -> tuple[tuple[int, ...
 def _npy_array(stream: IO[bytes], size: int, where: str) -> np.ndarray:
     """The array of an NPY stream of ``size`` bytes; its header is checked against ``size`` before allocating."""
     shape, fortran, dtype = npy_header(stream, size, where)
-    return _array_of(_read_exactly(stream, math.prod(shape) * dtype.itemsize, where), dtype, shape, fortran)
+    data = _read_exactly(stream, math.prod(shape) * dtype.itemsize, where)
+    with _decoder(where, "NPY"):
+        return _array_of(data, dtype, shape, fortran)
 
 
 def _read_npy_file(file: Path) -> np.ndarray:
@@ -354,23 +399,47 @@ def _read_npy(file: Path, target: str | None, require_target: bool) -> RawData:
     return RawData(x, y, name=file.name)
 
 
-class _Npz:
+class _Directory:
+    """A stream that hands out an archive's directory only if it is small: each entry takes ten times its bytes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.most: int | None = 1 << 20
+        self.seek, self.tell, self.seekable = stream.seek, stream.tell, stream.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        """As of the stream."""
+        if self.most is not None and size > self.most:
+            raise ValueError(f"a directory of {size} bytes, more than {self.most}")
+        return self._stream.read(size)
+
+
+class Npz:
     """The arrays of an NPZ stream by key, each read when it is asked for; nothing is ever unpickled."""
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
         self.where = where
         self.size = stream.seek(0, os.SEEK_END)
         with _decoder(where, "NPZ"):
-            self.archive = zipfile.ZipFile(stream)
+            directory = _Directory(stream)
+            self.archive = zipfile.ZipFile(directory)
+            directory.most = None
             infos = self.archive.infolist()
+        names = Counter(info.filename for info in infos)
+        if twice := next((name for name, count in names.items() if count > 1), None):
+            raise ValueError(f"{where}: two members are called {twice!r}; readers differ in which of them they take")
         self.members = {info.filename[:-4]: info for info in infos if info.filename.endswith(".npy")}
         if not self.members:
             raise ValueError(f"{where}: holds no arrays")
 
     def __getitem__(self, key: str) -> np.ndarray:
         info, where = self.members[key], f"{self.where}, array {key!r}"
-        if info.file_size > DEFLATE_RATIO * min(info.compress_size, self.size):
+        packed = min(info.compress_size, self.size)
+        if info.file_size > DEFLATE_RATIO * packed:
             raise ValueError(f"{where}: {info.compress_size} bytes cannot unpack into the {info.file_size} it claims")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+            raise ValueError(f"{where}: packed in a way that numpy.savez_compressed does not use")
+        _check_unpacked(where, packed, info.file_size, "save it with numpy.savez, unpacked")
         with _decoder(where, "NPZ"):
             member = self.archive.open(info)
         with member:
@@ -396,19 +465,25 @@ class _Npz:
 
 def _read_npz(file: Path, target: str | None, require_target: bool) -> RawData:
     with file.open("rb") as stream:
-        arrays = _Npz(stream, str(file))
+        arrays = Npz(stream, str(file))
         x_train = arrays.one_of(("x_train", "X_train"))
         if x_train is not None and target in (None, "y_train"):
             return _npz_parts(arrays, x_train, file.name, require_target)
-        y_key = _npz_target(arrays, target, require_target)
-        others = [key for key in arrays.members if key != y_key]
-        x_key = arrays.one_of(key for key in X_KEYS if key != y_key) or (others[0] if len(others) == 1 else None)
-        if x_key is None:
-            raise ValueError(f"{file}: no array to be x is called {', '.join(X_KEYS)} ({arrays.keys()})")
+        x_key, y_key = npz_keys(arrays, target, require_target)
         return arrays.part(x_key, y_key, file.name)
 
 
-def _npz_target(arrays: _Npz, target: str | None, require_target: bool) -> str | None:
+def npz_keys(arrays: Npz, target: str | None, require_target: bool, *others: str) -> tuple[str, str | None]:
+    """The keys of x and y, without ``others``; that of y is None where there is none and none is required."""
+    y_key = _npz_target(arrays, target, require_target)
+    left = [key for key in arrays.members if key not in (y_key, *others)]
+    x_key = arrays.one_of(key for key in X_KEYS if key in left) or (left[0] if len(left) == 1 else None)
+    if x_key is None:
+        raise ValueError(f"{arrays.where}: no array to be x is called {', '.join(X_KEYS)} ({arrays.keys()})")
+    return x_key, y_key
+
+
+def _npz_target(arrays: Npz, target: str | None, require_target: bool) -> str | None:
     """The key of y: ``target``, or the one that is called so; None where there is none and none is required."""
     if target in arrays.members:
         return target
@@ -419,7 +494,7 @@ def _npz_target(arrays: _Npz, target: str | None, require_target: bool) -> str |
     return key
 
 
-def _npz_parts(arrays: _Npz, x_train: str, name: str, require_target: bool) -> RawData:
+def _npz_parts(arrays: Npz, x_train: str, name: str, require_target: bool) -> RawData:
     """x_train, y_train, and as the test part x_test, y_test."""
     y_train, y_test = (key if key in arrays.members else None for key in ("y_train", "y_test"))
     if y_train is None and require_target:
@@ -496,6 +571,8 @@ def _infinite_row(column: np.ndarray) -> int | None:
 
 # --- CSV and TSV -----------------------------------------------------------------------------------------------------
 
+LONGEST_LINE = 16 << 20  # bytes
+MOST_FIELDS = 1 << 20  # of a record
 CHUNK_FIELDS = 1 << 16  # text takes ten times the memory of the numbers it spells, so a table is read in pieces
 DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 
@@ -514,17 +591,34 @@ def _read_csv(file: Path, target: str | None, require_target: bool) -> RawData:
 
 def _utf8(file: Path) -> bytes:
     """The bytes of a plain or gzip file of UTF-8 text; ValueError naming the line that is something else."""
-    with _opened(file) as (stream, _, packed), _decoder(file, "gzip") if packed else contextlib.nullcontext():
-        data = stream.read()
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
-        raise ValueError(f"{file}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
+    with _opened(file) as (stream, size, packed), _decoder(file, "gzip") if packed else contextlib.nullcontext():
+        data = stream.read(_most_unpacked(size) + 1 if packed else -1)
+    if packed:
+        _check_unpacked(file, size, len(data), "unpack it first (gunzip)")
+    _check_utf8(file, data)
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
         raise ValueError(f"{file}, line {line}: a NUL character; this is not a text file, or not in UTF-8")
     return data
+
+
+def _check_utf8(file: Path, data: bytes) -> None:
+    """Refuse what is not UTF-8, or has a line beyond any table's; piece by piece, for text takes up to four times as
+    much decoded."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), LONGEST_LINE):
+        piece, last = data[start : start + LONGEST_LINE], start + LONGEST_LINE >= len(data)
+        try:
+            decoder.decode(piece, last)
+        except UnicodeDecodeError as error:
+            place = start + len(piece) - len(error.object) + error.start
+            line = data.count(b"\n", 0, place) + 1
+            raise ValueError(
+                f"{file}, line {line}: byte 0x{data[place]:02x} is not UTF-8; save the file as UTF-8"
+            ) from None
+        if not last and b"\n" not in piece and b"\r" not in piece:
+            line = data.count(b"\n", 0, start) + 1
+            raise ValueError(f"{file}, line {line}: a line of more than {LONGEST_LINE} bytes; this is no table")
 
 
 def _lines(data: bytes) -> Iterator[str]:
@@ -532,13 +626,22 @@ def _lines(data: bytes) -> Iterator[str]:
     return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
 
 
-def _reader(data: bytes, delimiter: str) -> Any:
-    return csv.reader(_lines(data), delimiter=delimiter, strict=True)
+def _bounded(lines: Iterator[str], delimiter: str) -> Iterator[str]:
+    """The lines, up to a record of more than MOST_FIELDS fields: one of many short lines in open quotes too."""
+    fields, quoted = 0, False
+    for line in lines:
+        if quoted or '"' in line or len(line) > MOST_FIELDS:
+            fields += line.count(delimiter)
+            if fields > MOST_FIELDS:
+                raise csv.Error(f"a record of more than {MOST_FIELDS} fields")
+            quoted ^= line.count('"') % 2 == 1
+            fields *= quoted
+        yield line
 
 
 def _records(file: Path, data: bytes, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of every record; blank lines are passed over, bad quoting is refused."""
-    reader = _reader(data, delimiter)
+    reader = csv.reader(_bounded(_lines(data), delimiter), delimiter=delimiter, strict=True)
     try:
         for fields in reader:
             if fields:
@@ -550,7 +653,8 @@ def _records(file: Path, data: bytes, delimiter: str) -> Iterator[tuple[int, lis
 def _delimiter(data: bytes) -> str:
     """Of comma, semicolon and tab the one that cuts the header line into most fields."""
     first = next((line for line in _lines(data) if line.strip()), "")
-    return max(",;\t", key=lambda delimiter: len(next(csv.reader([first], delimiter=delimiter), [])))
+    beginning = first[: 1 << 16]
+    return max(",;\t", key=lambda delimiter: len(next(csv.reader([beginning], delimiter=delimiter), [])))
 
 
 def _header(file: Path, data: bytes, delimiter: str) -> list[str]:
@@ -578,7 +682,10 @@ def _csv_columns(file: Path, data: bytes, delimiter: str, header: list[str], tar
             raise ValueError(f"{file}: only a header row; expected rows of data below it")
         if all(part.dtype == column[-1].dtype for column in parts for part in column):
             break  # otherwise a late row showed that a column is text: now that it is known, read once more
-    columns = {name: np.concatenate(column) for name, column in zip(header, parts, strict=True)}
+    columns: Columns = {}
+    for name, pieces in zip(header, parts, strict=True):
+        columns[name] = np.concatenate(pieces)
+        pieces.clear()  # so that there are never two of the whole table
     for name, column in columns.items():
         if (row := _infinite_row(column)) is not None:
             line, _ = next(itertools.islice(_records(file, data, delimiter), row + 1, None))
@@ -588,28 +695,17 @@ def _csv_columns(file: Path, data: bytes, delimiter: str, header: list[str], tar
 
 def _row_chunks(file: Path, data: bytes, delimiter: str, width: int) -> Iterator[list[list[str]]]:
     """The records below the header, some at a time, each of ``width`` fields."""
-    reader = _reader(data, delimiter)
-    at_header = True
-    try:
-        while rows := list(itertools.islice(reader, max(2, CHUNK_FIELDS // width))):
-            if set(map(len, rows)) != {width}:
-                rows = [row for row in rows if row]
-                if any(len(row) != width for row in rows):
-                    raise _ragged(file, data, delimiter, width)
-            if at_header and rows:
-                del rows[0]
-                at_header = False
-            if rows:
-                yield rows
-    except csv.Error:
-        for _ in _records(file, data, delimiter):  # read again by the record, to name the line
-            pass
-
-
-def _ragged(file: Path, data: bytes, delimiter: str, width: int) -> ValueError:
-    """The complaint about the first record that has not ``width`` fields."""
-    line, count = next((n, len(fields)) for n, fields in _records(file, data, delimiter) if len(fields) != width)
-    return ValueError(f"{file}, line {line}: {count} field{'s' * (count != 1)}, but the header has {width}")
+    rows: list[list[str]] = []
+    for line, fields in itertools.islice(_records(file, data, delimiter), 1, None):
+        if len(fields) != width:
+            count = len(fields)
+            raise ValueError(f"{file}, line {line}: {count} field{'s' * (count != 1)}, but the header has {width}")
+        rows.append(fields)
+        if len(rows) * width >= CHUNK_FIELDS and len(rows) > 1:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
 
 
 def _integers(fields: Sequence[str]) -> np.ndarray | None:
@@ -637,7 +733,9 @@ def _floats(fields: Sequence[str]) -> np.ndarray | None:
 def _texts(fields: Sequence[str]) -> np.ndarray:
     """(n,) object array of str, None for a missing field."""
     column = np.empty(len(fields), object)
-    column[:] = [None if field in MISSING else field for field in map(str.strip, fields)]
+    known: dict[str, str] = {}  # equal texts are one object: a category takes the room of a pointer
+    stripped = map(str.strip, fields)
+    column[:] = [None if field in MISSING else known.setdefault(field, field) for field in stripped]
     return column
 
 
@@ -655,16 +753,19 @@ def _refuse_decimal_commas(file: Path, columns: Columns) -> None:
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
+INDEX_NAME = re.compile(r"__index_level_\d+__")  # what pandas calls an index that has no name
+
+
 def _read_parquet(file: Path, target: str | None, require_target: bool) -> RawData:
     try:
         import pyarrow  # type: ignore[import-untyped, unused-ignore]
         from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise ValueError(f"{file}: Parquet needs pyarrow; pip install 'gpu-mlp[data]'") from None
-    with file.open("rb") as stream, _decoder(file, "Parquet"):
-        table = parquet.ParquetFile(stream).read()
+    with file.open("rb") as stream:
+        table = _arrow_table(pyarrow, parquet, file, stream)
     # A pandas table keeps its unnamed index as a column: a row number, not a feature.
-    names = [name for name in table.column_names if not re.fullmatch(r"__index_level_\d+__", name)]
+    names = [name for name in table.column_names if not INDEX_NAME.fullmatch(name)]
     _check_names(file, names)
     if table.num_rows == 0:
         raise ValueError(f"{file}: no rows; columns: {_listed(names)}")
@@ -678,24 +779,70 @@ def _read_parquet(file: Path, target: str | None, require_target: bool) -> RawDa
     return _table(file, columns, targets, target)
 
 
-def _arrow_column(pyarrow: Any, file: Path, name: str, column: Any) -> np.ndarray:
-    """An Arrow column -> (n,) numbers, in their own dtype or with NaN for null in float64, or objects, str and None."""
-    types, kind = pyarrow.types, column.type
+def _arrow_table(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> Any:
+    """The whole table of a Parquet stream, its text as dictionaries, once its footer is seen to be of its size."""
+    size = os.fstat(stream.fileno()).st_size
+    bounds: dict[str, Any] = {"thrift_string_size_limit": size, "thrift_container_size_limit": size}
+    with _decoder(file, "Parquet"):
+        described = parquet.ParquetFile(stream, **bounds)
+        schema, footer = described.schema_arrow, described.metadata
+        # Not by column, whose statistics can end the process: pyarrow lets their C++ exceptions through.
+        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+        rows = max(footer.num_rows, sum(group.num_rows for group in groups))
+        unpacked = max(rows * len(schema.names) * 8, sum(group.total_byte_size for group in groups))
+    _check_unpacked(file, size, unpacked, "write it without compression and dictionaries")
+    for name, kind in zip(schema.names, schema.types):
+        if not INDEX_NAME.fullmatch(name):
+            _check_kind(pyarrow, file, name, kind)
+    text = [name for name, kind in zip(schema.names, schema.types) if _is_text(pyarrow, kind)]
+    bounds["page_checksum_verification"] = True
+    with _decoder(file, "Parquet"):
+        try:
+            return parquet.ParquetFile(stream, read_dictionary=text, **bounds).read()
+        except (NotImplementedError, OSError):  # broken, or of an encoding that pyarrow makes no dictionary of
+            return parquet.ParquetFile(stream, **bounds).read()
+
+
+def _check_kind(pyarrow: Any, file: Path, name: str, kind: Any) -> Any:
+    """The type of a column's values; ValueError unless they are numbers, booleans or text."""
+    types = pyarrow.types
     if types.is_dictionary(kind):
         kind = kind.value_type
     number = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-    text = types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
-    if not (number or text or types.is_null(kind)):
+    if not (number or _is_text(pyarrow, kind) or types.is_null(kind)):
         raise ValueError(
             f"{file}: column {name!r} holds {kind}; accepted: numbers, booleans, strings and dictionaries of them "
             "(spread a nested column over several, turn a time into a number)"
         )
+    return kind
+
+
+def _is_text(pyarrow: Any, kind: Any) -> bool:
+    types = pyarrow.types
+    return types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
+
+
+def _arrow_texts(pyarrow: Any, column: Any) -> np.ndarray:
+    """An Arrow column of text -> (n,) objects, str and None; equal texts of a dictionary are one object."""
+    texts, start = np.empty(len(column), object), 0
+    for chunk in column.chunks:
+        if pyarrow.types.is_dictionary(chunk.type):
+            words = np.array([*chunk.dictionary.to_pylist(), None], object)
+            found = words[chunk.indices.cast(pyarrow.int64()).fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
+        else:
+            found = chunk.to_pylist()
+        texts[start : start + len(chunk)] = found
+        start += len(chunk)
+    return texts
+
+
+def _arrow_column(pyarrow: Any, file: Path, name: str, column: Any) -> np.ndarray:
+    """An Arrow column -> (n,) numbers, in their own dtype or with NaN for null in float64, or objects, str and None."""
+    kind = _check_kind(pyarrow, file, name, column.type)
     with _decoder(f"{file}, column {name!r}", "Parquet"):
-        if text:
-            texts = np.empty(len(column), object)
-            texts[:] = column.to_pylist()
-            return texts
-        whole = column.null_count == 0 and not types.is_decimal(kind)
+        if _is_text(pyarrow, kind):
+            return _arrow_texts(pyarrow, column)
+        whole = column.null_count == 0 and not pyarrow.types.is_decimal(kind)
         numbers: np.ndarray = column.cast(kind if whole else pyarrow.float64()).to_numpy()
         return numbers
 

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data, losses, optimizers, options, plots, schedules, tensorfile
+from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
+from .averaging import EMA
 from .failures import DeviceLost, Diverged
+from .fitting import Callback
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
 from .network import MLP
@@ -84,15 +86,15 @@ class Run:
     """A run that has been checked and is ready to start.
 
     Making one reads the data and prepares every part of it, so that whatever is wrong shows before the training. It
-    leaves nothing on the disk.
+    leaves nothing on the disk. ``raw``: the data, where another run with the same ones has read them.
     """
 
-    def __init__(self, given: TrainOptions) -> None:
+    def __init__(self, given: TrainOptions, raw: RawData | None = None) -> None:
         self.options = _resolved(given)
         self._early_stopping = None if self.options.patience is None else EarlyStopping(self.options.patience)
         if self.options.out is not None:
             _remove_empty(_make(Path(self.options.out)))  # before the data are read: can there be such a folder?
-        raw = self._read()
+        self.raw = raw = self._read() if raw is None else raw
         self._resolve_task(raw)
         self._check_whole(raw)
         chosen = self.options
@@ -175,6 +177,7 @@ class Run:
             _schedule(chosen),
             chosen.clip_norm,
             chosen.accumulate,
+            average=None if chosen.average is None else EMA(chosen.average),
         )
 
     def _prepare(self, name: str, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -195,16 +198,7 @@ class Run:
         created = _make(self.folder)
         failed: Diverged | DeviceLost | None = None
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
-                history = self.trainer.fit(
-                    self._prepared["train"],
-                    epochs=chosen.epochs,
-                    batch_size=chosen.batch_size,
-                    validation=self._prepared.get("validation"),
-                    progress=chosen.progress,
-                    early_stopping=self._early_stopping,
-                )
+            history = self.fit(logs.of(chosen.log, self.folder), chosen.progress)
         except (Diverged, DeviceLost) as error:
             if error.history is None or not len(error.history):
                 _remove_empty(created)
@@ -221,6 +215,20 @@ class Run:
         if failed is not None:
             raise type(failed)(f"{failed}; the model of the last good epoch is in {self.folder}", history)
         return result
+
+    def fit(self, callbacks: Sequence[Callback], progress: bool) -> History:
+        """Train alone: nothing is written but by the callbacks."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
+            return self.trainer.fit(
+                self._prepared["train"],
+                epochs=self.options.epochs,
+                batch_size=self.options.batch_size,
+                validation=self._prepared.get("validation"),
+                progress=progress,
+                early_stopping=self._early_stopping,
+                callbacks=callbacks,
+            )
 
     def _write(self, history: History) -> Result:
         """The files of the run folder, the model first: whatever happens then, what was learned is there."""
@@ -281,6 +289,9 @@ def _resolved(given: TrainOptions) -> TrainOptions:
     for name in ("epochs", "batch_size", "accumulate"):
         checks.integer(name, getattr(chosen, name), 1)
     checks.integer("warmup", chosen.warmup, 0)
+    logs.check(chosen.log)
+    if chosen.average is not None:
+        checks.real("average", chosen.average, 0, 1, open_maximum=True)
     checks.integer("seed", chosen.seed, 0)
     full_batch = chosen.optimizer == "lbfgs"
     if chosen.dropout is None:

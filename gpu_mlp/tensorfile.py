@@ -35,7 +35,6 @@ MAX_HEADER_BYTES = 32 << 20  # what a header may take: some 300,000 prepared col
 MAX_VALUES = 1_000_000  # and how many values, keys and brackets its JSON may have: each takes some 100 bytes once read
 MAX_DIGITS = 40
 MAX_DIMENSIONS = 8
-MOST_SHOWN = 300  # characters of a stranger's text in a message
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _text(format: Format, header: Mapping[str, Any]) -> str:
         text = json.dumps(header, allow_nan=False)
         _parsed(text)
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{format.noun}: its description cannot be written as JSON ({_brief(error)})") from None
+        raise ValueError(f"{format.noun}: its description cannot be written as JSON ({checks.brief(error)})") from None
     return text
 
 
@@ -187,7 +186,9 @@ class TensorFile:
             metadata = _metadata(entries.pop("__metadata__", None))
             self._tensors = _tensors(entries, size - self._start)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{format.noun}: {path} is not a readable safetensors file ({_brief(error)})") from None
+            raise ValueError(
+                f"{format.noun}: {path} is not a readable safetensors file ({checks.brief(error)})"
+            ) from None
         self.header = self._own(metadata)
         self._expected: Mapping[str, Expected] = {}
 
@@ -195,7 +196,9 @@ class TensorFile:
         """A ValueError unless the tensors are exactly these, each of one of its types and of its shape."""
         odd = sorted(set(self._tensors) ^ set(expected))
         if odd:
-            raise ValueError(f"tensors {_brief(', '.join(odd[:6]))}{', …' * (len(odd) > 6)} are missing or unknown")
+            raise ValueError(
+                f"tensors {checks.brief(', '.join(odd[:6]))}{', …' * (len(odd) > 6)} are missing or unknown"
+            )
         for name, entry in self._tensors.items():
             wanted = expected[name]
             if entry.dtype not in wanted.dtypes:
@@ -223,12 +226,12 @@ class TensorFile:
         noun, path, found = self._format.noun, self._path, metadata.get("format", "")
         if found != self._format.name:
             if found.startswith("gpu_mlp."):
-                raise ValueError(f"{noun}: {path} is a {_brief(found.removeprefix('gpu_mlp.'))}, not a {noun}")
+                raise ValueError(f"{noun}: {path} is a {checks.brief(found.removeprefix('gpu_mlp.'))}, not a {noun}")
             raise ValueError(f"{noun}: {path} is a safetensors file, but not one that gpu_mlp wrote")
         version = metadata.get("format_version")
         if version != str(self._format.version):
             wanted = self._format.version
-            raise ValueError(f"{noun}: {path} has format version {_brief(version)}; this release reads {wanted}")
+            raise ValueError(f"{noun}: {path} has format version {checks.brief(version)}; this release reads {wanted}")
         try:
             header = _parsed(metadata["header"])
             if not isinstance(header, dict):
@@ -236,12 +239,12 @@ class TensorFile:
             if odd := set(metadata) - {"format", "format_version", "header"}:
                 raise ValueError(f"unknown metadata {', '.join(sorted(odd))}")
         except (KeyError, ValueError, RecursionError) as error:
-            raise ValueError(f"{noun}: {path} has no readable header ({_brief(error)})") from None
+            raise ValueError(f"{noun}: {path} has no readable header ({checks.brief(error)})") from None
         return header
 
     def refusal(self, error: Exception) -> ValueError:
         """The error for a header, or tensors, that do not make sense to the reader: one line, of bounded length."""
-        reason = f"{_brief(error)} is missing" if isinstance(error, KeyError) else _brief(error)
+        reason = f"{checks.brief(error)} is missing" if isinstance(error, KeyError) else checks.brief(error)
         return ValueError(f"{self._format.noun}: {self._path} does not describe {self._format.holds} ({reason})")
 
 
@@ -282,7 +285,7 @@ def _tensors(entries: Mapping[str, Any], size: int) -> dict[str, _Entry]:
     position = 0
     for name, entry in ordered.items():
         if entry.begin != position:
-            raise ValueError(f"tensor {_brief(name)} begins at byte {entry.begin}, not {position}")
+            raise ValueError(f"tensor {checks.brief(name)} begins at byte {entry.begin}, not {position}")
         position = entry.end
     if position != size:
         raise ValueError(f"tensors of {position} bytes in a file with {size} for them")
@@ -291,18 +294,18 @@ def _tensors(entries: Mapping[str, Any], size: int) -> dict[str, _Entry]:
 
 def _entry(name: str, found: Any) -> _Entry:
     if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {_brief(name)} has no dtype, shape and data_offsets, or more than these")
+        raise ValueError(f"tensor {checks.brief(name)} has no dtype, shape and data_offsets, or more than these")
     dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {_brief(name)} is of type {_brief(dtype)}; known: {', '.join(DTYPES)}")
+        raise ValueError(f"tensor {checks.brief(name)} is of type {checks.brief(dtype)}; known: {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"tensor {_brief(name)} has the shape {_brief(shape)}")
+        raise ValueError(f"tensor {checks.brief(name)} has the shape {checks.brief(shape)}")
     if not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {_brief(name)} has the offsets {_brief(offsets)}")
+        raise ValueError(f"tensor {checks.brief(name)} has the offsets {checks.brief(offsets)}")
     begin, end = offsets
     size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if end - begin != size:
-        raise ValueError(f"tensor {_brief(name)} has {end - begin} bytes for {size}")
+        raise ValueError(f"tensor {checks.brief(name)} has {end - begin} bytes for {size}")
     return _Entry(dtype, tuple(shape), begin, end)
 
 
@@ -333,7 +336,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = iter(found)  # in the order in which each came first: the first that differs came before
         twice = next(name for name, _ in pairs if name != next(names, None))
-        raise ValueError(f"JSON with {_brief(twice)!r} twice")
+        raise ValueError(f"JSON with {checks.brief(twice)!r} twice")
     return found
 
 
@@ -346,15 +349,9 @@ def _integer(digits: str) -> int:
 def _float(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"the number {_brief(digits)}")
+        raise ValueError(f"the number {checks.brief(digits)}")
     return number
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name}, which is not a number")
-
-
-def _brief(found: Any) -> str:
-    """A stranger's text, or an error about it, in one line that can be printed anywhere and read."""
-    text = " ".join(str(found).split()).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"

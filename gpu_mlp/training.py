@@ -7,19 +7,20 @@ Leans on `network` for the passes and on `ops` for the update. One update is `Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
-from numpy.typing import NDArray
-
-from . import checks, losses, optimizers, regularizers, schedules
+from . import averaging, checks, losses, optimizers, regularizers, schedules
 from . import metrics as merits
+from .averaging import EMA
 from .failures import DeviceLost as DeviceLost
 from .failures import Diverged as Diverged
-from .feeding import Feed, Single
+from .feeding import Feed, Parts, Single
 from .fitting import LOOK_EVERY, Callback, Fit
 from .history import EarlyStopping, History
 from .losses import Loss
+from .metrics import Metric
 from .network import MLP
 from .notices import say_once
 from .ops.interface import Array, Dropout, Recorder, Slot
@@ -28,6 +29,8 @@ from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
 from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
+from .shards import Piece
+from .streams import Stream
 from .workspace import Workspace
 
 ADVICE = "a lower learning rate or clip_norm helps in most cases"
@@ -46,8 +49,11 @@ class Trainer:
     whenever that is possible.
     graph: on a GPU, record the steps of each batch shape as a CUDA graph and replay it; None means where possible.
     seed: of the shuffles; None takes the network's.
+    average: keep a moving average of the weights, `EMA()`. Validation and `evaluate` then look at the averaged weights,
+    and a `fit` leaves them in the network at its end, as Keras and Lightning do; so a model that is saved has them. The
+    cost is of the weights that are trained. In a loop of one's own over `step`, see `averaged_weights`.
 
-    A trainer goes on where it stopped: a second `fit` continues moments, step number and shuffles.
+    A trainer goes on where it stopped: a second `fit` continues moments, averages, step number and shuffles.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Trainer:
         apply_at_once: bool | None = None,
         graph: bool | None = None,
         seed: int | None = None,
+        average: EMA | None = None,
     ) -> None:
         if not isinstance(net, MLP):
             raise TypeError(f"net: expected an MLP, got {type(net).__name__}")
@@ -73,6 +80,7 @@ class Trainer:
         self.schedule = schedules.get(schedule)
         self.clip_norm = None if clip_norm is None else checks.real("clip_norm", clip_norm, 0, open_minimum=True)
         self.accumulate = checks.integer("accumulate", accumulate, 1)
+        self.average = averaging.check(average)
         self.seed = net.seed if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
         self.apply_at_once = self._can_apply_at_once(apply_at_once)
         self._may_store = apply_at_once is None
@@ -130,6 +138,7 @@ class Trainer:
         self._begin_cost(y, w)
         net._differentiate(x, y, w, self.loss, self._workspace(rows), self._gb, self._sink, state, self._dropout)
         self._update()
+        self._average()
         ops.finish_step(rows, state)
 
     def _begin_cost(self, y: Array, w: Array | None) -> None:
@@ -158,6 +167,30 @@ class Trainer:
         shadow = None if net._shadow is None else net._W[l]
         net._ops.descend(self._W[l], gz, h, rule, self.regularizer, shadow, self._state)
 
+    def _average(self) -> None:
+        """Move the average of the weights on."""
+        if self.average is not None:
+            self.net._ops.average(self.net._theta, self._averaged, self.average, self._state)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the network has its averaged weights: ``with trainer.averaged_weights(): net.save(path)``.
+
+        Without averaging, and before the first update, nothing changes. What is assigned to the weights within it goes
+        to the average.
+        """
+        model = self._model()
+        if model is self.net._theta:
+            yield
+            return
+        with self.net._holding(model):
+            yield
+
+    def _model(self) -> Array:
+        """The weights that the model has: the averaged ones where there are any, else θ. Waits for the device."""
+        averages = self._averaged is not None and self.net._ops.read_state(self._state, Slot.STEP)
+        return self._averaged if averages else self.net._theta
+
     def _scheduled_rate(self, schedule: Schedule) -> float:
         """The learning rate of the step at hand."""
         return self.plateau_rate(schedule.at(self.optimizer.lr, self.rounds, max(0, self.epoch - 1)))
@@ -171,10 +204,10 @@ class Trainer:
 
     def fit(
         self,
-        data: Sequence[Any],
+        data: Sequence[Any] | Stream,
         epochs: int = 20,
         batch_size: int = 128,
-        validation: Sequence[Any] | float | None = None,
+        validation: Sequence[Any] | Stream | float | None = None,
         progress: bool = True,
         shuffle: bool = True,
         callbacks: Sequence[Callback] = (),
@@ -190,26 +223,68 @@ class Trainer:
 
         Ctrl-C ends the run after the step at hand, with a warning; a second one interrupts at once. A cost that is not
         finite raises Diverged; the network then holds the weights from the end of the last good epoch. A GPU that fails
-        raises DeviceLost; the network then holds those weights on the CPU.
+        raises DeviceLost; the network then holds those weights on the CPU. Where weights are averaged, these are the
+        averaged ones, at every end.
 
         x, y and the weights may lie on the GPU (CuPy arrays, or anything with ``__cuda_array_interface__`` or DLPack):
         they are used where they are. From the host, a data set that fits the GPU's memory is copied there; a larger one
         streams through it, in the same order.
+
+        A `Stream` is a data set on the disk, larger than memory: its rows are shuffled by chunks and within a buffer,
+        and a fraction of it that is held out is held out by chunks (`Stream.split`). BrokenData where a file cannot be
+        read on; the network then holds the weights from the end of the last whole epoch.
         """
         fit = Fit(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
         return fit.run(checks.boolean("progress", progress))
 
     def evaluate(
-        self, x: Any, y: Any, sample_weight: Any = None, metrics: Sequence[str] | None = None
+        self, x: Any, y: Any = None, sample_weight: Any = None, metrics: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`."""
+        """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`.
+
+        x may be a `Stream`, which has its own targets and weights: it is read piece by piece. Where there is an average
+        of the weights, these are the figures of the averaged weights.
+        """
+        if isinstance(x, Stream):
+            if y is not None or sample_weight is not None:
+                raise ValueError("y, sample_weight: a stream has its own; give it alone")
+            stream = self._checked(x)
+            labels = stream.piece(0).y.ndim == 1  # type: ignore[union-attr]  # it has been checked
+            return self._evaluate(stream, merits.chosen(metrics, self.loss.name, self.net.sizes[-1], labels))
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
         names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], y.ndim == 1)
-        return self._evaluate(x, y, w, names)
+        return self._evaluate((x, y, w), names)
 
-    def _evaluate(self, x: NDArray[Any], y: Array, w: Array | None, names: Sequence[str]) -> dict[str, float]:
+    def _checked(self, stream: Stream) -> Stream:
+        """A stream whose every piece is checked as arrays are, by the threads that read it."""
+        prepare = stream.preparation
+
+        def check(piece: Piece) -> Piece:
+            piece = prepare(piece)
+            if piece.y is None:
+                raise ValueError("no target; name it with target=")
+            x, y, _, _ = self.net._check_host(piece.x, piece.y, None, self.loss)
+            return Piece(x, y, checks.sample_weight(piece.w, len(x), whole=False))
+
+        return stream.prepared(check)
+
+    def _evaluate(self, dataset: Parts | Stream, names: Sequence[str]) -> dict[str, float]:
+        """L and the metrics of the model, averaged weights and all, on data that have been checked."""
+        ops = self.net._ops
+        figures = [merits.make(name, self.loss.name, self.net.sizes[-1]) for name in names]
+        pieces = (piece.arrays() for piece in dataset.pieces()) if isinstance(dataset, Stream) else [dataset]
+        mean = total = 0.0
+        with self.averaged_weights():
+            for x, y, w in pieces:
+                loss = self._evaluate_piece(x, ops.to_device(y), None if w is None else ops.to_device(w), figures)
+                weight = ops.read_state(self.net._state, Slot.TOTAL_WEIGHT)
+                total += weight
+                mean += (loss - mean) * (weight / total if total else 0.0)
+        return {"loss": mean, **{figure.name: figure.value() for figure in figures}}
+
+    def _evaluate_piece(self, x: Array, y: Array, w: Array | None, figures: Sequence[Metric]) -> float:
+        """L on some rows, which are added to the figures."""
         net, ops = self.net, self.net._ops
-        figures = [merits.make(name, self.loss.name, net.sizes[-1]) for name in names]
         from_z = net.fuses(self.loss)
         net._begin(self.loss, y, w)
         for rows, work in net._predict(x, from_z):
@@ -219,7 +294,7 @@ class Trainer:
                 ops.activate(net._f[-1], work.h[-1], work.h[-1])
             for figure in figures:
                 figure.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
-        return {"loss": ops.read_state(net._state, Slot.COST), **{figure.name: figure.value() for figure in figures}}
+        return ops.read_state(net._state, Slot.COST)
 
     # --- inside ---
 
@@ -242,6 +317,7 @@ class Trainer:
         given = {
             "dropout": any(self.net.dropout),
             "clip_norm": self.clip_norm is not None,
+            "average": self.average is not None,
         }
         for argument, value in given.items():
             if value:
@@ -259,6 +335,7 @@ class Trainer:
         self.moments = {name: ops.zeros(net.layout.size, master) for name in self.optimizer.moments}
         for name, moment in self.moments.items():
             moment[...] = self.optimizer.initial(name)
+        self._averaged = None if self.average is None else ops.zeros(net.layout.size, master)
         self._state = net._new_state()
         if net._precision.loss_scaled:
             ops.write_state(self._state, {Slot.LOSS_SCALE: INITIAL_LOSS_SCALE})
@@ -327,11 +404,15 @@ class Trainer:
             accumulate=self.accumulate,
             stores_gradient=not self.apply_at_once,
             layer_gradient=self.regularizer is not None and self.regularizer.l1 > 0,
+            averaged=self.average is not None,
         )
 
     def _forget_other_recipes(self) -> None:
         """Drop what was recorded when something that a recording has in it was exchanged, by a callback say."""
-        recipe = (self.loss, self.optimizer, self.regularizer, self.clip_norm, self.accumulate, self.apply_at_once)
+        recipe = (
+            self.loss, self.optimizer, self.regularizer, self.clip_norm, self.accumulate, self.apply_at_once,
+            self.average,
+        )  # fmt: skip
         if any(new is not old for new, old in zip(recipe, self._recipe)):
             self._recorder.clear()
         self._recipe = recipe

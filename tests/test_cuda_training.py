@@ -14,6 +14,7 @@ from cuda_on_cpu import streams
 from cuda_on_cpu.emulator import Uninitialised
 
 from gpu_mlp import (
+    EMA,
     L1,
     L2,
     LBFGS,
@@ -82,6 +83,7 @@ def stored(monkeypatch, megabytes=0):
         {"accumulate": 3},
         {"optimizer": SGD(0.1)},
         {"optimizer": Muon()},
+        {"average": EMA(0.9)},
     ],
     ids=str,
 )

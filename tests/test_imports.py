@@ -17,20 +17,22 @@ import gpu_mlp
 
 PACKAGE = Path(gpu_mlp.__file__).parent
 HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pandas", "pyarrow", "torch", "ml_dtypes",
-         "safetensors", "threadpoolctl")  # fmt: skip
+         "safetensors", "threadpoolctl", "tensorboardX", "optuna")  # fmt: skip
 
 # The rooms from the ground up; a module may import from lower rows only. Leaves stand in row 0, and within row 0 they
 # may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
-    "history", "failures", "signals", "metrics", "progress", "tensorfile", "notices", "ops.philox",
+    "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "logs", "notices",
+    "ops.philox",
 }  # fmt: skip
 ROWS = [
     LEAVES,
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "ops.launch"},
-    {"ops.gemm", "ops.staging"},
-    {"ops.graphs"},
+    {"data", "shards", "ops.launch"},
+    {"tables", "ops.gemm", "ops.staging"},
+    {"folders", "ops.graphs"},
+    {"streams"},
     {"ops.numpy_ops", "ops.cuda_ops", "ops.device"},
     {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},
@@ -45,6 +47,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "ops.philox": set(),
     "checks": set(),
     "failures": {"history"},
+    "logs": {"checks", "tensorfile"},
 }
 CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
 CLI = {"cli", "__main__"}

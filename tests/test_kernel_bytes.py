@@ -17,7 +17,7 @@ import kernel_bytes
 RESULTS = Path(kernel_bytes.__file__).parent / "results"
 
 # Activations, gz with gb, and the optimizers; a minibatch and the sums over theta as well.
-ONCE = ("bias_activation", "activation_gradient", "update", "gather", "penalty", "square_norm")
+ONCE = ("bias_activation", "activation_gradient", "update", "gather", "penalty", "square_norm", "average")
 
 
 def excess(moved):

@@ -14,7 +14,7 @@ import helpers  # noqa: F401  (one BLAS thread)
 import numpy as np
 import pytest
 
-from gpu_mlp import L2, LBFGS, MLP, SGD, Adam, ElasticNet, Trainer, activations, losses, optimizers, progress
+from gpu_mlp import EMA, L2, LBFGS, MLP, SGD, Adam, ElasticNet, Trainer, activations, losses, optimizers, progress
 from gpu_mlp.feeding import Resident
 from gpu_mlp.ops.numpy_ops import BLOCK
 
@@ -127,6 +127,7 @@ def test_step_with_every_loss(loss):
         {"optimizer": "sgd", "apply_at_once": False},
         {"optimizer": "sgd", "apply_at_once": True},
         {"schedule": "inverse_scaling"},
+        {"average": EMA()},
         {"loss": losses.CrossEntropy(label_smoothing=0.1, class_weight=np.arange(1.0, 11).tolist())},
     ],
     ids=str,

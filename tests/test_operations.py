@@ -46,7 +46,7 @@ from helpers import (
     update_rule,
 )
 
-from gpu_mlp import MLP, Trainer, losses, optimizers, precision, regularizers
+from gpu_mlp import EMA, MLP, Trainer, losses, optimizers, precision, regularizers
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.ops import launch, numpy_ops, sharing
 from gpu_mlp.ops.interface import ALIGNMENT, Dropout, Layout, Operations, Slot
@@ -1410,6 +1410,46 @@ def test_update_leaves_everything_where_the_step_is_not_finite(bench, rule, slot
         bench.ops.update(theta, g, moments, rule, layout, 0, None, None, shadow, state)
 
 
+# (rule, t, d of update t): torch's constant decay, TensorFlow's warm-up, and the first update, which copies
+DECAYS = [
+    (EMA(0.9, warmup=False), 1, 0.0),
+    (EMA(0.9, warmup=False), 2, 0.9),
+    (EMA(0.999), 1, 0.0),
+    (EMA(0.999), 2, 2 / 11),
+    (EMA(0.999), 30, 30 / 39),
+    (EMA(0.75), 30, 0.75),
+    (EMA(0.0, warmup=False), 3, 0.0),
+]
+
+
+@pytest.mark.parametrize(("rule", "t", "decay"), DECAYS, ids=str)
+def test_average(bench, rule, t, decay):
+    for sizes in SIZES:
+        check_average(bench, sizes, rule, t, decay)
+
+
+def check_average(bench, sizes, rule, t, decay):
+    _, theta, theta0 = parameters(bench, sizes)
+    _, averaged, averaged0 = parameters(bench, sizes)
+    if t == 1:
+        averaged[...] = math.nan  # the first average owes nothing to what was there before
+        averaged0 = np.zeros_like(theta0)
+    state = bench.state(COST=1.0, STEP=t - 1)
+    with only_writes(bench, locals(), "averaged"):
+        bench.ops.average(theta, averaged, rule, state)
+    assert_close(bench.host(averaged), decay * averaged0 + (1 - decay) * theta0, bench.master_tolerance)
+    assert t > 1 or same_bits(bench.host(averaged), bench.host(theta))
+
+
+@pytest.mark.parametrize("bad", [{"COST": math.nan}, {"GRADIENT_NORM": math.inf}, {"BAD_ROUND": 3.0}], ids=str)
+def test_average_leaves_everything_where_the_step_is_not_applied(bench, bad):
+    _, theta, _ = parameters(bench, [31, 7, 5])
+    _, averaged, _ = parameters(bench, [31, 7, 5])
+    state = bench.state(STEP=4.0, **bad)
+    with only_writes(bench, locals()):
+        bench.ops.average(theta, averaged, EMA(), state)
+
+
 @pytest.mark.parametrize(
     ("cost", "norm", "counts"), [(2.0, 0.0, True), (2.0, 3.0, True), (math.nan, 0.0, False), (math.inf, 1.0, False)]
 )
@@ -1615,6 +1655,7 @@ UNALIGNED = {
     "add_penalty_gradient": lambda bench: check_add_penalty_gradient(bench, [31, 7, 5], regularizers.L1(0.2), "all"),
     "gradient_norm": lambda bench: check_gradient_norm(bench, [31, 7, 5], regularizers.L1(0.2), "all"),
     "update": lambda bench: check_update(bench, O.AdamW(lr=0.1), [31, 7, 5], steps=1),
+    "average": lambda bench: check_average(bench, [31, 7, 5], EMA(0.9), 20, 20 / 29),
 }
 
 
@@ -1674,6 +1715,7 @@ LARGER_THAN_A_GRID = {
     ),
     "square_norm": (numbers_at_once, 26624, lambda bench: check_gradient_norm(bench, SIZES[-1], None, "all")),
     "update": (packs_at_once, 26624, lambda bench: check_update(bench, O.SGD(lr=0.1), SIZES[-1], steps=1)),
+    "average": (packs_at_once, 26624, lambda bench: check_average(bench, SIZES[-1], EMA(0.9), 20, 20 / 29)),
     **{
         kernel: (numbers_at_once, 131 * 193, lambda bench: check_update(bench, O.Muon(lr=0.1), SIZES[-1], steps=1))
         for kernel in ("muon_direction", "muon_normalise", "muon_apply")

@@ -18,6 +18,7 @@ import numpy as np
 from .. import checks
 from .. import precision as precision_table
 from ..activations import IDENTITY, Activation
+from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Hinge, Huber, Loss
 from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
@@ -353,6 +354,22 @@ class CudaOperations(Operations):
             optimizer.adamw.lr / optimizer.lr,
         )
         self._update_matrices(theta, g, moments[0], optimizer, layout, regularizer, shadow, state)
+
+    def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
+        vec = launch.vector_length(theta.size, theta, averaged)
+        self._launch(
+            "average.cu",
+            "average",
+            vec,
+            (),
+            launch.flat(theta.size, vec),
+            theta,
+            averaged,
+            np.int64(theta.size),
+            np.float64(rule.decay),
+            np.int32(rule.warmup),
+            state,
+        )
 
     def begin_step(self, learning_rate: float, round: int, cursor: int, state: Array) -> None:
         values = [np.float64(number) for number in (learning_rate, round, cursor)]

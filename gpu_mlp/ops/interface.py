@@ -18,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..activations import Activation
+from ..averaging import EMA
 from ..losses import Loss
 from ..optimizers import SGD, Optimizer
 from ..precision import Precision
@@ -349,6 +350,14 @@ class Operations(abc.ABC):
         theta, g, each moment, shadow: (layout.size,), or for a rule that sees no matrices any part of them. Reads
         LEARNING_RATE, STEP, LOSS_SCALE, COST and GRADIENT_NORM. A COST or GRADIENT_NORM that is not finite, or a
         BAD_ROUND, leaves everything as it is, so that the last good θ is kept until the host looks.
+        """
+
+    @abc.abstractmethod
+    def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
+        """averaged ← averaged + (1 − d)(θ − averaged), with d = ``rule.decay_at(t)`` and t = STEP + 1.
+
+        theta, averaged: (n,). At t = 1 averaged ← θ, whatever stood there. Comes after the update and before
+        `finish_step`; a step that was not applied leaves the average as it is.
         """
 
     @abc.abstractmethod

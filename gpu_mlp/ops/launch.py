@@ -46,6 +46,7 @@ HEADERS = {
     "flat.cu": (),
     "update.cu": ("optimizers.cuh",),
     "muon.cu": (),
+    "average.cu": (),
     "gather.cu": ("tile.cuh", "sources.cuh"),
 }
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .. import checks
 from .. import precision as precision_table
 from ..activations import Activation, Scratch
+from ..averaging import EMA
 from ..losses import FUSED, Loss
 from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
@@ -352,6 +353,19 @@ class NumpyOperations(Operations):
             optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
+
+    def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
+        if not _applies(state):
+            return
+        share = 1 - rule.decay_at(int(state[Slot.STEP]) + 1)
+        for block in _blocks(0, theta.size):
+            if share == 1:
+                averaged[block] = theta[block]
+                continue
+            s = self._scratch(block.stop - block.start).a
+            np.subtract(theta[block], averaged[block], out=s)
+            np.multiply(s, share, out=s)
+            np.add(averaged[block], s, out=averaged[block])
 
     def begin_step(self, learning_rate: float, round: int, cursor: int, state: Array) -> None:
         state[Slot.LEARNING_RATE], state[Slot.ROUND], state[Slot.CURSOR] = learning_rate, round, cursor
