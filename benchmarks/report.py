@@ -35,22 +35,29 @@ def stored(folder: Path = HERE / "results") -> dict[str, Results]:
     return {name: results for name, results in found.items() if results.header and not results.rehearsal}
 
 
-def filled(text: str, results: dict[str, Results]) -> str:
-    """A page with every marked place written anew. Raises ValueError for a mark that means nothing."""
+def filled(text: str, results: dict[str, Results], where: Path = HERE) -> str:
+    """A page with every marked place written anew. Raises ValueError for a mark that means nothing.
+
+    where: the page's folder, from which pictures are linked.
+    """
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
         if name not in PAGES:
             raise ValueError(f"<!-- results: {name} -->: expected one of {', '.join(PAGES)}")
-        return f"{match[1]}\n{told(name, results)}\n\n{match[4]}"
+        return f"{match[1]}\n{told(name, results, where)}\n\n{match[4]}"
 
     return MARKED.sub(block, text)
 
 
-def told(name: str, results: dict[str, Results]) -> str:
-    """One page of every device that has it."""
-    found = {of.title: PAGES[name][1](of) for of in results.values()}
-    blocks = [f"{title}:\n\n{text}" for title, text in found.items() if text]
+def told(name: str, results: dict[str, Results], where: Path) -> str:
+    """One page of every device that has it, with its picture."""
+    blocks = []
+    for folder, of in results.items():
+        text, picture = PAGES[name][1](of), HERE / "results" / folder / f"{name}.png"
+        link = f"![{PAGES[name][0]}]({picture.relative_to(where)})\n\n" if picture.exists() else ""
+        if text:
+            blocks.append(f"{of.title}:\n\n{link}{text}")
     return "\n\n".join(blocks) or "Not measured yet."
 
 
@@ -59,7 +66,7 @@ def write(results: dict[str, Results], pages: Sequence[Path] = PAGES_WITH_TABLES
     changed = []
     for page in pages:
         before = page.read_text(encoding="utf-8")
-        after = filled(before, results)
+        after = filled(before, results, page.parent)
         if after != before:
             changed.append(page)
             if not check:
@@ -89,11 +96,12 @@ def main() -> None:
         print((arguments.folder / "summary.md").read_text(encoding="utf-8"))
         return
     results_by_name = stored()
+    if not arguments.check:  # pictures first: pages link those that there are
+        for name, results in results_by_name.items():
+            describe(HERE / "results" / name, results)
     changed = write(results_by_name, check=arguments.check)
     if arguments.check:
         sys.exit("\n".join(f"{page}: a table is not what the results give" for page in changed) or 0)
-    for name, results in results_by_name.items():
-        describe(HERE / "results" / name, results)
     print("\n".join(f"written: {page}" for page in changed) or "every table is what the results give")
 
 

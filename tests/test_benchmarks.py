@@ -335,7 +335,7 @@ def test_the_tables_in_the_readmes_are_what_the_stored_results_give():
     for page in report.PAGES_WITH_TABLES:
         text = page.read_text(encoding="utf-8")
         assert report.MARKED.search(text), f"{page} has no table"
-        assert report.filled(text, stored) == text, f"{page}: run python benchmarks/report.py"
+        assert report.filled(text, stored, page.parent) == text, f"{page}: run python benchmarks/report.py"
 
 
 def test_a_figure_written_by_hand_is_found(tmp_path):
@@ -418,3 +418,47 @@ def test_remarks_tell_all_that_is_missing_from_the_table():
         assert words in told
     assert quick.wrong(found)
     assert not quick.wrong(found[:2])
+
+
+# --- GEMMs on a GPU --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clocked_gpu(emulated_gpu, monkeypatch):
+    """An emulated GPU on which all work takes a second: its events know no time."""
+    from gpu_mlp.bench import device
+
+    def on_device(work, samples, warm_ups=5):
+        work()
+        return [1.0] * samples
+
+    monkeypatch.setattr(device, "on_device", on_device)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
+def test_every_algorithm_that_cublaslt_proposes_is_checked_and_timed(clocked_gpu, precision):
+    import gemms
+
+    found = gemms.on_gpu(plans.Product(6, 8, 5), precision, rehearsal=False)
+    for told in found.values():
+        assert told["best"].endswith(" of 3")
+        assert set(told["seconds"]) == {"gpu_mlp", "cublasLt"}
+        assert told["share_of_best"]["median"] == 1.0
+
+
+def test_an_algorithm_that_computes_something_else_is_not_timed(clocked_gpu, monkeypatch):
+    import gemms
+
+    monkeypatch.setattr(gemms.Algorithms, "run", lambda self, i: self._arrays[2].fill(i))
+    with pytest.raises(ArithmeticError, match="a product is off by"):
+        gemms.on_gpu(plans.Product(6, 8, 5), "tf32", rehearsal=False)
+
+
+def test_without_cublaslt_a_product_is_timed_alone(clocked_gpu, monkeypatch):
+    import gemms
+
+    monkeypatch.setitem(sys.modules, "nvmath.bindings.cublasLt", None)
+    monkeypatch.delattr(sys.modules["nvmath.bindings"], "cublasLt", raising=False)
+    found = gemms.on_gpu(plans.Product(6, 8, 5), "tf32", rehearsal=False)
+    assert all("nvmath-python" in told["best"] and "share_of_best" not in told for told in found.values())
+    assert all(told["seconds"]["gpu_mlp"]["median"] == 1.0 for told in found.values())
