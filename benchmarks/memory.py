@@ -34,8 +34,8 @@ FIELDS = ("sizes", "batch", "activation", "optimizer", "precision", "device")
 
 
 def measure(records: Records, deadline: float, device: str, names: Sequence[str], enough: float = 40.0) -> None:
-    """Every task of the steps with relu, one contender after the other."""
-    for task in plans.steps(device, records.rehearsal):
+    """The steps that are broken down too, with relu: one contender after the other."""
+    for task in plans.broken_down(device, records.rehearsal):
         if task.activation != "relu" or records.done(task.name):
             continue
         if time.monotonic() > deadline - enough:

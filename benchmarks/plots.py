@@ -44,6 +44,8 @@ def scaling(results: Results) -> Any:
         panel.set_xlabel(axis)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        panel.xaxis.set_major_formatter(_plain)
+        panel.yaxis.set_major_formatter(_plain)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_title(_told(points[0]["task"], axis), fontsize=9)
@@ -53,9 +55,23 @@ def scaling(results: Results) -> Any:
         for handle, label in zip(*panel.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     labels = [name for name in (FLOOR, OURS, *PEERS) if name in handles]
-    figure.legend([handles[n] for n in labels], labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(
+        [handles[n] for n in labels],
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 2 * len(panels)),
+        frameon=False,
+    )
     figure.suptitle(f"A training step on {results.header['device']}", fontsize=11)
     return figure
+
+
+def _plain(value: float, position: int) -> str:
+    """A tick's number in full, thousands as 16k and millions as 1M."""
+    for unit, word in ((1 << 20, "M"), (1 << 10, "k")):
+        if value >= unit and value % unit == 0:
+            return f"{value / unit:.0f}{word}"
+    return f"{value:g}"
 
 
 def _told(task: dict[str, Any], axis: str) -> str:

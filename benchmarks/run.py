@@ -58,7 +58,7 @@ PARTS = {
             "scaling": 400, "estimators": 40},
 }  # fmt: skip
 EVERY = tuple(dict.fromkeys([*PARTS["cuda"], *PARTS["cpu"]]))
-ENOUGH = {"cpu": 40.0, "cuda": 30.0}  # seconds that a step with all its peers may need; with fewer none is begun
+ENOUGH = {"cpu": 60.0, "cuda": 30.0}  # seconds that a step with all its peers may need; with fewer none is begun
 
 
 # --- the parts: each gets its records, the end of its time, and the arguments ----------------------------------------

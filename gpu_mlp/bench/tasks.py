@@ -16,6 +16,7 @@ from ..optimizers import Optimizer
 Weights = list[tuple[NDArray[Any], NDArray[Any]]]
 
 OPTIMIZERS = {"sgd": SGD(lr=0.05), "adam": Adam(lr=1e-4), "adamw": AdamW(lr=1e-4, weight_decay=0.01)}
+TAME = {"sgd": 256, "adam": 2048, "adamw": 2048}  # the width beyond which a rule overshoots unless its rate shrinks
 CHECK_STEPS = 4
 CHECK_FLOP = 1e11  # of one step of a network in float64 that is waited for
 # How far losses, and the way that all parameters have come in CHECK_STEPS, may be from the reference: relative errors.
@@ -39,7 +40,7 @@ class Task:
     optimizer: str = "sgd"
     precision: str = "float32"
     device: str = "cpu"
-    lr: float | None = None  # None: the rule's own in OPTIMIZERS
+    lr: float | None = None  # None: the rule's own in OPTIMIZERS, less in wide networks
     seed: int = 0  # of the initial weights
     rehearsal: bool = False  # peers take the CPU for the GPU that is not there
 
@@ -84,8 +85,9 @@ class Task:
     @property
     def rule(self) -> Optimizer:
         """The update rule, the same for everybody."""
-        rule = OPTIMIZERS[self.optimizer]
-        return rule if self.lr is None else dataclasses.replace(rule, lr=self.lr)
+        rule, tame = OPTIMIZERS[self.optimizer], TAME[self.optimizer]
+        lr = rule.lr * min(1.0, tame / max(self.sizes)) if self.lr is None else self.lr
+        return dataclasses.replace(rule, lr=lr)
 
     def as_json(self) -> dict[str, Any]:
         """What a record says of it."""
