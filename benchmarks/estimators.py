@@ -17,7 +17,7 @@ from gpu_mlp import data
 from gpu_mlp.bench import timing
 from gpu_mlp.bench.records import Records
 
-ROUNDS = 5
+ROUNDS = 7
 PARAMETERS = {"hidden_layer_sizes": (256, 128), "batch_size": 256, "max_iter": 1, "random_state": 0}
 SAME = 1e-3  # of the loss
 

@@ -14,7 +14,7 @@ DISTURBED = 0.1  # processors that others kept busy: from here on a row is marke
 LOSING = 1.0
 GOALS = {  # what this library sets itself, by device: (what, which rows, the ratio of a row, whether it is met)
     "cpu": {"floor": 1.15, "narrow_floor": 1.30, "ahead": ("PyTorch eager", "scikit-learn"),
-            "half": ("torch.compile", "torch.compile max-autotune", "JAX jit"), "behind": 0.9},
+            "half": ("torch.compile", "torch.compile max-autotune", "JAX jit"), "behind": 0.9, "epoch": 1.5},
 }  # fmt: skip
 
 
@@ -163,6 +163,10 @@ def goals(results: Results) -> str:
             rows.append([f"faster than {name} in half of the rows, at most 10 % behind in any",
                          f"faster in {faster}, at most 10 % behind in {close} of {len(ratios)}",
                          f"{min(ratios):.2f}"])  # fmt: skip
+    for r in (r for r in results.of("estimators") if "over_ours" in r):
+        times = r["over_ours"]["scikit-learn"]["median"]
+        met_in = f"{int(times >= goal['epoch'])} of 1 rows"
+        rows.append([f"an epoch of MLPClassifier in scikit-learn's time over {goal['epoch']}", met_in, f"{times:.2f}"])
     return table(["goal", "met in", "worst row"], rows)
 
 

@@ -689,7 +689,10 @@ REFUSED = {
         ("predict", "values", "--data", "values.csv", "--probabilities"),
         "probabilities",
     ),
-    "predictions of another kind": (("predict", "m", "--data", "animals.csv", "--out", "p.txt"), ".csv or .npy"),
+    "predictions of another kind": (
+        ("predict", "m", "--data", "animals.csv", "--out", "p.txt"),
+        ".csv, .npy or .parquet",
+    ),
     "predictions into no folder": (("predict", "m", "--data", "animals.csv", "--out", "no/p.csv"), "out: "),
     "predictions under a file": (("predict", "m", "--data", "animals.csv", "--out", "animals.csv/p.csv"), "out: "),
 }
