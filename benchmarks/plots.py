@@ -97,7 +97,8 @@ def _curves(panel: Any, points: list[dict[str, Any]]) -> None:
 
 def breakdown(results: Results) -> Any:
     """A bar for each step, as long as the step over its bare GEMMs, divided among the parts of its time."""
-    over = {r["name"]: r["over_floor"][OURS]["median"] for r in results.of("steps") if OURS in r.get("over_floor", {})}
+    timed = {r["name"]: r for r in results.of("steps") if OURS in r.get("over_floor", {})}
+    over = {name: r["over_floor"][OURS]["median"] for name, r in timed.items()}
     measured = [r for r in results.of("breakdown") if "seconds" in r and r["name"] in over]
     if not measured:
         return None
@@ -110,7 +111,8 @@ def breakdown(results: Results) -> Any:
         panel.barh(labels, lengths, left=left, color=colour, label=part, height=0.7)
         left = [start + length for start, length in zip(left, lengths)]
     for row, (r, end) in enumerate(zip(measured, left)):
-        panel.text(end, row, f" {r['untraced'] * 1e3:.3g} ms", va="center", fontsize=8)
+        step = timed[r["name"]]["contenders"][OURS]["wall"]["median"]
+        panel.text(end, row, f" {step * 1e3:.3g} ms", va="center", fontsize=8)
     panel.axvline(1, color="black", linewidth=0.9, linestyle=":")
     panel.invert_yaxis()
     panel.margins(x=0.12)

@@ -19,7 +19,8 @@ from .peers import OURS, Contender, Unavailable, named
 from .tasks import Expected, Task
 
 SAMPLE_SECONDS = 0.06  # a sample is as many steps as fit, and one at least
-LONG_STEP = 0.25  # seconds; before a sample of shorter ones comes a step that is not timed
+LONG_STEP = 0.25  # seconds; before a sample of shorter ones come steps that are not timed,
+WAKE_SECONDS = 0.03  # for so long
 ROUNDS = (5, 25)
 SECONDS = 12.0  # of one task's rounds
 HEADROOM = 0.8  # of the free memory, for all contenders together
@@ -131,10 +132,10 @@ class Turn:
         self.repeats = max(1, int(SAMPLE_SECONDS / max(self.seconds, 1e-7)))
 
     def sample(self) -> tuple[float, float]:
-        """Seconds of a step, and the host's part of them; once all is quiet, and after a step to wake up."""
+        """Seconds of a step, and the host's part of them; once all is quiet, and after steps to wake up."""
         timing.settle()
         if self.seconds < LONG_STEP:
-            self._of(1)
+            self._of(max(1, int(WAKE_SECONDS / max(self.seconds, 1e-7))))
         return self._of(self.repeats)
 
     def _of(self, repeats: int) -> tuple[float, float]:
