@@ -63,7 +63,7 @@ class Fit:
         self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         full_batch = isinstance(trainer.optimizer, LBFGS)
-        self.rows = self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // trainer.accumulate)
+        self.rows = self.net._chunk_rows(self.n) if full_batch else self.batch_size
         self.shuffle = checks.boolean("shuffle", shuffle)
         self.callbacks = list(callbacks)
         if not all(callable(callback) for callback in self.callbacks):
@@ -78,12 +78,11 @@ class Fit:
 
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
-        trainer, ops = self.trainer, self.net._ops
+        trainer = self.trainer
         shown = Progress(self.epochs, self.n, progress)
         trainer._recorder.clear()
         try:
-            tuned = ops.tuned_for(self.net._largest_gemm(self.rows))
-            with tuned, interrupt_between_steps() as interrupted:
+            with trainer._tuned(self.rows), interrupt_between_steps() as interrupted:
                 if isinstance(trainer.optimizer, LBFGS):
                     self.minimise(shown, interrupted)
                 else:
@@ -173,7 +172,6 @@ class Fit:
         trainer, ops = self.trainer, self.net._ops
         steps = -(-self.n // self.batch_size)
         schedule = trainer.schedule.over(trainer.rounds + steps * self.epochs, trainer.epoch + self.epochs)
-        trainer._workspace(self.batch_size)
         feed = self._feed()
         self._settle_validation()
         self.net._refresh()
@@ -250,7 +248,7 @@ class Fit:
             progress.advance(self.n)
             if not math.isfinite(cost):
                 whole = Single(net._ops, self.x, self.y, self.w, False)
-                work = trainer._workspace(net._chunk_rows(self.n))
+                work = trainer._lanes(self.rows)[0].work
                 where = trainer._where_not_finite(whole, 0, self.n, trainer.rounds, work)
                 self._fall_back()
                 self.history.stopped = "diverged"
@@ -297,8 +295,7 @@ class Fit:
         state, g = trainer._state, trainer._g
         ops.write_state(state, {Slot.COST: 0.0})
         ops.total_weight(trainer.loss, self.y, self.w, state)
-        work = trainer._workspace(net._chunk_rows(self.n))
-        net._differentiate(self.x, self.y, self.w, trainer.loss, work, trainer._gb, trainer._sink, state)
+        net._differentiate(self.x, self.y, self.w, trainer.loss, trainer._lanes(self.rows))
         if trainer.regularizer is not None:
             ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
             ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)
