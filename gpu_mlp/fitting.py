@@ -57,9 +57,7 @@ class Fit:
         self.validation = self._on_device(self._check_validation(validation))
         if self.stream is not None:
             self.ahead = self.stream.ahead()
-            self.x, self.y, self.w = cast(
-                Parts, self.ahead.like
-            )  # of the first chunk, for what all rows have in common
+            self.x, self.y, self.w = self.ahead.like  # of the first chunk: what all rows have in common
         self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         full_batch = isinstance(trainer.optimizer, LBFGS)
