@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .averaging import EMA
-from .failures import BrokenData, DeviceLost, Diverged
+from .checkpoint import Checkpoints
+from .failures import BrokenData, DeviceLost, Diverged, Terminated
 from .history import EarlyStopping, History
 from .losses import (
     MAE,
@@ -67,6 +68,7 @@ __all__ = [
     "Adamax",
     "BinaryCrossEntropy",
     "BrokenData",
+    "Checkpoints",
     "Constant",
     "Cosine",
     "CrossEntropy",
@@ -92,6 +94,7 @@ __all__ = [
     "ReduceOnPlateau",
     "StepDecay",
     "Stream",
+    "Terminated",
     "Trainer",
     "Warmup",
 ]
