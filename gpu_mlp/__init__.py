@@ -6,6 +6,7 @@ from .averaging import EMA
 from .checkpoint import Checkpoints
 from .failures import BrokenData, DeviceLost, Diverged, Terminated
 from .history import EarlyStopping, History
+from .logs import CSVLog, JSONLLog, TensorBoardLog
 from .losses import (
     MAE,
     MSE,
@@ -68,6 +69,7 @@ __all__ = [
     "Adamax",
     "BinaryCrossEntropy",
     "BrokenData",
+    "CSVLog",
     "Checkpoints",
     "Constant",
     "Cosine",
@@ -83,6 +85,7 @@ __all__ = [
     "History",
     "Huber",
     "InverseScaling",
+    "JSONLLog",
     "Lion",
     "LogCosh",
     "Muon",
@@ -94,6 +97,7 @@ __all__ = [
     "ReduceOnPlateau",
     "StepDecay",
     "Stream",
+    "TensorBoardLog",
     "Terminated",
     "Trainer",
     "Warmup",

@@ -236,17 +236,17 @@ def listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"step-*{SUFFIX}") if re.fullmatch(r"step-\d{9,}", path.stem))
 
 
-def newest(where: Path, fits: Fits) -> tuple[Path, Snapshot] | None:
+def newest(where: Path, fits: Fits) -> Snapshot | None:
     """The newest whole checkpoint of a folder, or of a file that is named itself; None for a folder without any.
 
     Where a file is damaged the one before it is taken, with a warning; ValueError where none of them can be read.
     """
     if not where.is_dir():
-        return where, read(where, fits)
+        return read(where, fits)
     damage = ""
     for path in reversed(listed(where)):
         try:
-            return path, read(path, fits)
+            return read(path, fits)
         except Damaged as error:
             if not damage:
                 warnings.warn(f"{error}; the checkpoint before it is taken", RuntimeWarning, stacklevel=2)

@@ -176,11 +176,9 @@ class Fit:
     def _take_up(self, where: Path) -> str:
         """Go on from the newest checkpoint at ``where``; the reason why that run is over, or an empty string."""
         found = checkpoint.newest(where, lambda header: resuming.fits_fit(self, header))
-        if found is None:
-            if self._resume is True:
-                return ""
+        if found is None and self._resume is not True:
             raise FileNotFoundError(f"resume: there is no checkpoint in {where}")
-        reason = resuming.restore_fit(self, found[1])
+        reason = "" if found is None else resuming.restore_fit(self, found)
         for callback in self.callbacks:
             rewind = getattr(callback, "rewind", None)
             if callable(rewind):

@@ -86,6 +86,9 @@ class TrainOptions:
     seed: int = _option(0, RUN, "Of the split, the initial weights, the shuffles and the dropout masks")
     out: str | None = _option(None, RUN, "Run folder; must be new or empty", "a new one under runs/")
     plots: bool = _option(True, RUN, "Draw the learning curves and the confusion matrix (needs matplotlib)")
+    log: str | None = _option(
+        None, RUN, "A row an epoch in the run folder: csv, jsonl or tensorboard, or several: csv,jsonl", "none"
+    )
     progress: bool = _option(True, RUN, "Show the progress on standard error")
 
     def __post_init__(self) -> None:
@@ -94,7 +97,7 @@ class TrainOptions:
             if value is None and option.default is None:
                 continue
             kind = str(option.type).replace(" | None", "")
-            if option.name in ("hidden", "activation") and isinstance(value, (list, tuple)):
+            if option.name in ("hidden", "activation", "log") and isinstance(value, (list, tuple)):
                 value = ",".join(str(part) for part in value)
             setattr(self, option.name, _CHECKS[kind](option.name, value))
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data, losses, optimizers, options, plots, schedules, tensorfile
+from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
 from .averaging import EMA
 from .failures import DeviceLost, Diverged
 from .history import EarlyStopping, History
@@ -206,6 +206,7 @@ class Run:
                     validation=self._prepared.get("validation"),
                     progress=chosen.progress,
                     early_stopping=self._early_stopping,
+                    callbacks=logs.of(chosen.log, self.folder),
                 )
         except (Diverged, DeviceLost) as error:
             if error.history is None or not len(error.history):
@@ -283,6 +284,7 @@ def _resolved(given: TrainOptions) -> TrainOptions:
     for name in ("epochs", "batch_size", "accumulate"):
         checks.integer(name, getattr(chosen, name), 1)
     checks.integer("warmup", chosen.warmup, 0)
+    logs.check(chosen.log)
     if chosen.average is not None:
         checks.real("average", chosen.average, 0, 1, open_maximum=True)
     checks.integer("seed", chosen.seed, 0)

@@ -17,13 +17,13 @@ import gpu_mlp
 
 PACKAGE = Path(gpu_mlp.__file__).parent
 HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pandas", "pyarrow", "torch", "ml_dtypes",
-         "safetensors", "threadpoolctl")  # fmt: skip
+         "safetensors", "threadpoolctl", "tensorboardX", "optuna")  # fmt: skip
 
 # The rooms from the ground up; a module may import from lower rows only. Leaves stand in row 0, and within row 0 they
 # may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
-    "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "notices",
+    "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
     "ops.philox",
 }  # fmt: skip
 ROWS = [
@@ -49,6 +49,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "checks": set(),
     "failures": {"history"},
     "checkpoint": {"checks", "history", "tensorfile"},
+    "logs": {"checks", "tensorfile"},
 }
 CUPY = {"ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
 CLI = {"cli", "__main__"}

@@ -751,3 +751,23 @@ def test_averaged_weights_are_what_is_saved():
     assert result.history["cost"] == pytest.approx([row["cost"] for row in _history("plain")["epochs"]], rel=1e-12)
     with pytest.raises(ValueError, match=r"^average: "):
         _animal_run(average=1.0)
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_logs_of_a_run_are_in_its_folder():
+    _animal_run(log="csv,jsonl", epochs=3).start()
+    assert set(os.listdir("run")) == FILES | {"log.csv", "log.jsonl"}
+    with open("run/history.json") as file:
+        epochs = json.load(file)["epochs"]
+    with open("run/log.jsonl") as file:
+        assert [json.loads(line) for line in file] == epochs
+    with open("run/log.csv", newline="") as file:
+        assert [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)] == epochs
+
+
+def test_an_unknown_log_is_refused_before_the_data_are_read():
+    with pytest.raises(ValueError, match=r"log: unknown name 'json'; did you mean 'jsonl'\?"):
+        Run(_options(data="nowhere.csv", log="csv,json"))
+    assert not os.path.exists("run")
