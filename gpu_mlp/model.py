@@ -107,8 +107,8 @@ class Model:
             metric.add(read, true, None)
         return {metric.name: metric.value() for metric in chosen}
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything that a prediction needs to one safetensors file."""
+    def describe(self) -> None:
+        """Put into the network's metadata, which travel with it, all but the network that a prediction needs."""
         self.net.metadata = {
             "task": self.task,
             "loss": self.loss,
@@ -116,6 +116,10 @@ class Model:
             "target": self.target.to_dict(),
             "data": self.data,
         }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything that a prediction needs to one safetensors file."""
+        self.describe()
         return self.net.save(path)
 
     @classmethod
