@@ -7,6 +7,7 @@ a run, is said in `resuming`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import time
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot) -> Path:
         "checksums": {name: _checksum(tensor) for name, tensor in snapshot.tensors.items()},
         **snapshot.header,
     }
-    return tensorfile.write(path, snapshot.tensors, header, FILE)
+    return tensorfile.write(path, snapshot.tensors, {**header, "checksum": _checksum_of(header)}, FILE)
 
 
 Fits = Callable[[Mapping[str, Any]], Mapping[str, Expected]]  # the tensors that follow from a header that fits a run
@@ -111,6 +112,8 @@ def read(path: str | os.PathLike[str], fits: Fits) -> Snapshot:
         with _damage(path):
             file = stack.enter_context(tensorfile.opened(path, FILE))
             header = file.header
+            if header.pop("checksum") != _checksum_of(header):
+                raise ValueError("its header is not what was written")
             step, checksums = checks.integer("step", header["step"], 0), dict(header["checksums"])
             figure = None if header["figure"] is None else checks.real("figure", header["figure"])
         expected = fits(header)
@@ -144,6 +147,10 @@ def _checksum(tensor: NDArray[Any]) -> int:
     return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
+def _checksum_of(header: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(header, sort_keys=True).encode())
+
+
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
@@ -160,21 +167,33 @@ class Folder:
         self.path = Path(self.policy.folder)
         self._count, self._unit = interval(self.policy.every)
         self._last = {"steps": 0.0, "epochs": 0.0, "seconds": time.monotonic()}
+        self._lock: IO[bytes] | None = None
         self._written = (-1, "")  # the step of the last snapshot, and why the run ended there
 
     def open(self) -> None:
         """Make the folder, see that it can be written to, and find what is in it; ValueError where that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / ".lock")
             for leftover in self.path.glob(f".step-*{SUFFIX}.*.tmp"):  # of a process that was killed while it wrote
                 leftover.unlink()
             tensorfile.write_bytes(self.path / ".probe", b"").unlink()
+        except BlockingIOError:
+            raise ValueError(
+                f"checkpoints: another process is writing to {self.path}; wait for it, or end it"
+            ) from None
         except OSError as error:
             raise ValueError(f"checkpoints: cannot write to {self.path} ({_reason(error)})") from None
         self.paths = listed(self.path)
         for path in self.paths:
             with contextlib.suppress(Exception), tensorfile.opened(path, FILE) as file:
                 self.figures[path] = checks.real("figure", file.header["figure"])
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def begin(self, step: int, epoch: int) -> None:
         """Count from here on."""
@@ -229,6 +248,27 @@ class Folder:
             if figure is not None and (best is None or improves(self.monitor, figure, self.figures[best])):
                 best = path
         return [] if best is None else [best]
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """The file at ``path`` with a lock on it that goes with the process; None where the system has no such locks.
+
+    BlockingIOError where another process has the lock.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return None
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:  # a file system without locks
+        file.close()
+        return None
+    return file
 
 
 def listed(folder: Path) -> list[Path]:

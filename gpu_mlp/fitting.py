@@ -102,10 +102,11 @@ class Fit:
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
         trainer, ops = self.trainer, self.net._ops
-        reason = self._begin()
-        shown = Progress(self.epochs, self.n, progress, epoch=self.epochs_done, rows=self.rows_done)
         trainer._recorder.clear()
+        shown: Progress | None = None
         try:
+            reason = self._begin()
+            shown = Progress(self.epochs, self.n, progress, epoch=self.epochs_done, rows=self.rows_done)
             tuned = ops.tuned_for(self.net._largest_gemm(self._rows_at_once()))
             with tuned, interrupt_between_steps(terminate=self._keeper is not None) as interrupted:
                 if reason:
@@ -119,7 +120,10 @@ class Fit:
         except BrokenData as error:
             raise self._without_data(error) from error
         finally:
-            shown.close()
+            if shown is not None:
+                shown.close()
+            if self._keeper is not None:
+                self._keeper.close()
             if self.stream is not None:
                 self.ahead.close()
             trainer._recorder.clear()  # what it kept alive is free for other work

@@ -82,6 +82,8 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
         old, new = was.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("rule") == new.get("rule"):
             found += differences(old, new, f"{prefix}{name}.")
+        elif old != new and name == "hash":
+            found.append(f"{prefix}{name}: the values are others")
         elif old != new:
             found.append(f"{prefix}{name} was {_short(old)} and is {_short(new)} now")
     return found
