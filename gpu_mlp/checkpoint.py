@@ -27,6 +27,7 @@ from .tensorfile import Expected
 
 FILE = tensorfile.Format("checkpoint", "a training run", 1)
 SUFFIX = ".safetensors"
+LOCK = ".lock"  # a file of this name in the folder is locked by the process that writes to it
 UNITS: dict[str, Any] = {
     "step": "steps", "steps": "steps", "epoch": "epochs", "epochs": "epochs",
     "s": 1, "second": 1, "seconds": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600,
@@ -174,7 +175,7 @@ class Folder:
         """Make the folder, see that it can be written to, and find what is in it; ValueError where that fails."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path / ".lock")
+            self._lock = _locked(self.path / LOCK)
             for leftover in self.path.glob(f".step-*{SUFFIX}.*.tmp"):  # of a process that was killed while it wrote
                 leftover.unlink()
             tensorfile.write_bytes(self.path / ".probe", b"").unlink()

@@ -1,4 +1,4 @@
-"""The command `gpu-mlp`: train, evaluate, predict, info, check.
+"""The command `gpu-mlp`: train, sweep, evaluate, predict, info, check.
 
 The topmost room: turns words into calls of `runs`, `model`, `environment` and `selfcheck`, and errors into one line
 on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import os
 import shlex
 import sys
@@ -60,7 +61,7 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     from .runs import Run
 
     options = merged(config, given) if resume is None else resumed(resume, config, given)
-    run = Run(options, resume is not None)
+    run = Run(options, resume=resume is not None)
     net, parts = run.model.net, run.parts.named()
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
     shape = f"{' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters"
@@ -132,6 +133,42 @@ def _flowing(command: Any) -> str:
 
 app.command(help=_flowing(train))(_declared(train))
 
+
+# --- sweep ----------------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    config: Annotated[Path, typer.Option(help="TOML file with options and a table named search", show_default=False)],
+    trials: Annotated[int, typer.Option(help="Trials in all, those of earlier calls counted")] = 50,
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; an existing one is gone on with")] = Path(
+        "runs/sweep"
+    ),
+    metric: Annotated[
+        str, typer.Option(help="What is compared: validation_loss, validation_accuracy, …")
+    ] = "validation_loss",
+    prune: Annotated[bool, typer.Option(help="End trials that are worse than the median at their epoch")] = True,
+) -> None:
+    """Search for good training options: many short runs, the next one's options picked by how the others went.
+
+    The TOML file is one for train, with a table named search: lr = { low = 1e-4, high = 0.1, log = true } for a range,
+    hidden = ["64", "256,128"] for a choice. The folder gets every trial as it ends, and the best one's options as
+    best.toml, for gpu-mlp train --config. After Ctrl-C or a kill the same command goes on.
+    """
+    from .sweeps import Sweep, read_space
+
+    common, search = read_space(config)
+    found = Sweep(common, search, out, metric, prune, _say)
+    done = found.run(trials)
+    if found.best is not None:
+        _say(f"the best of {len(found.finished)} trials, with all its options in {out / 'best.toml'}:")
+        for name, value in found.best.params.items():
+            print(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        print(f"best {metric.replace('_', ' ')}: {found.best.value:.4f}")
+    if not done:
+        raise typer.Exit(130)
+
+
+app.command(help=_flowing(sweep))(sweep)
 
 # --- evaluate, predict ----------------------------------------------------------------------------------------------
 

@@ -139,12 +139,17 @@ _CHECKS: dict[str, Any] = {
 
 def merged(config: str | os.PathLike[str] | None, given: Mapping[str, Any]) -> TrainOptions:
     """The options: those given on the command line, then those of the TOML file, then the defaults."""
-    values = {} if config is None else _read_toml(Path(config))
+    values = {} if config is None else read_toml(Path(config))
+    return from_values(values, config, **{name: value for name, value in given.items() if value is not None})
+
+
+def from_values(values: Mapping[str, Any], path: str | os.PathLike[str] | None, **given: Any) -> TrainOptions:
+    """The options of the TOML file at ``path``, and over them those ``given``; an unknown name is refused."""
     known = [option.name for option in dataclasses.fields(TrainOptions)]
     for name in values:
         if name not in known:
-            raise ValueError(f"{config}: unknown option {name!r}{checks.nearest(name, known)}")
-    return TrainOptions(**{**values, **{name: value for name, value in given.items() if value is not None}})
+            raise ValueError(f"{path}: unknown option {name!r}{checks.nearest(name, known)}")
+    return TrainOptions(**{**values, **given})
 
 
 # What a run that is resumed may be told anew; whether the epochs may change depends on the schedule.
@@ -160,9 +165,8 @@ def resumed(
         raise ValueError(f"resume: {folder} is no run folder: it has no options.toml")
     saved = merged(path, {})
     wanted = merged(config, given)
-    named = {name for name, value in given.items() if value is not None} | set(
-        (config and _read_toml(Path(config))) or ()
-    )
+    named = {name for name, value in given.items() if value is not None}
+    named |= set() if config is None else set(read_toml(Path(config)))
     changed = []
     for name in sorted(named - {*FREE, "out"}):
         old, new = getattr(saved, name), getattr(wanted, name)
@@ -178,7 +182,8 @@ def resumed(
     return dataclasses.replace(saved, **free, out=os.fspath(folder))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file by name, with _ for -."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10

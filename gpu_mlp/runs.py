@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
 from .averaging import EMA
-from .checkpoint import Checkpoints, interval, listed
+from .checkpoint import LOCK, Checkpoints, interval, listed
 from .failures import DeviceLost, Diverged, Terminated
+from .fitting import Callback
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
 from .network import MLP
@@ -88,17 +89,18 @@ class Run:
     """A run that has been checked and is ready to start.
 
     Making one reads the data and prepares every part of it, so that whatever is wrong shows before the training. It
-    leaves nothing on the disk. With ``resume`` it is the run in the folder ``given.out``, which goes on.
+    leaves nothing on the disk. ``raw``: the data, where another run with the same ones has read them. With ``resume``
+    it is the run in the folder ``given.out``, which goes on.
     """
 
-    def __init__(self, given: TrainOptions, resume: bool = False) -> None:
+    def __init__(self, given: TrainOptions, raw: RawData | None = None, resume: bool = False) -> None:
         self.options = _resolved(given)
         self.resume = resume
         self.folder = _new_folder(given.data) if given.out is None else Path(given.out)
         self._early_stopping = None if self.options.patience is None else EarlyStopping(self.options.patience)
         if given.out is not None and not resume:
             _remove_empty(_make(self.folder))  # before the data are read: can there be such a folder?
-        raw = self._read()
+        self.raw = raw = self._read() if raw is None else raw
         self._resolve_task(raw)
         self._check_whole(raw)
         chosen = self.options
@@ -207,19 +209,7 @@ class Run:
             if not self.resume:
                 self._write_options()
             self.model.describe()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
-                history = self.trainer.fit(
-                    self._prepared["train"],
-                    epochs=chosen.epochs,
-                    batch_size=chosen.batch_size,
-                    validation=self._prepared.get("validation"),
-                    progress=chosen.progress,
-                    early_stopping=self._early_stopping,
-                    callbacks=logs.of(chosen.log, self.folder),
-                    checkpoints=checkpoints,
-                    resume=resume,
-                )
+            history = self.fit(logs.of(chosen.log, self.folder), chosen.progress, checkpoints, resume)
         except (Diverged, DeviceLost) as error:
             if error.history is None or not len(error.history):
                 self._take_back(created)
@@ -260,8 +250,32 @@ class Run:
         """Leave no folder behind of a new run of which nothing is worth keeping."""
         if self.resume or self.checkpoint or {path.name for path in self.folder.iterdir()} - {OPTIONS, CHECKPOINTS}:
             return
+        place = self.folder / CHECKPOINTS
         (self.folder / OPTIONS).unlink(missing_ok=True)
-        _remove_empty([self.folder / CHECKPOINTS, *created])
+        (place / LOCK).unlink(missing_ok=True)
+        _remove_empty([place, *created] if place.exists() else created)
+
+    def fit(
+        self,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        checkpoints: Checkpoints | None = None,
+        resume: bool | Path = False,
+    ) -> History:
+        """Train alone: nothing is written but by the callbacks, and the checkpoints."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
+            return self.trainer.fit(
+                self._prepared["train"],
+                epochs=self.options.epochs,
+                batch_size=self.options.batch_size,
+                validation=self._prepared.get("validation"),
+                progress=progress,
+                early_stopping=self._early_stopping,
+                callbacks=callbacks,
+                checkpoints=checkpoints,
+                resume=resume,
+            )
 
     def _write(self, history: History) -> Result:
         """The files of the run folder, the model first: whatever happens then, what was learned is there."""

@@ -29,7 +29,7 @@ from gpu_mlp.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 
-FILES = {"model.safetensors", "history.json", "options.toml"}
+FILES = {"model.safetensors", "history.json", "options.toml", "checkpoints"}
 QUICK = ("--epochs", "2", "--hidden", "8", "--no-progress", "--no-plots")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and devices as POSIX has them")
 
