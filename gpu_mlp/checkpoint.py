@@ -260,7 +260,7 @@ def _locked(path: Path) -> IO[bytes] | None:
         import fcntl
     except ModuleNotFoundError:
         return None
-    file = path.open("wb")
+    file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

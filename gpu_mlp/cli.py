@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .failures import DeviceLost, Terminated
+from .failures import BrokenData, DeviceLost, Terminated
 from .ops.interface import DeviceError
 from .options import TrainOptions, merged, resumed
 
@@ -76,6 +76,14 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     except Terminated:
         _say(f"gpu-mlp: terminated{_how_to_resume(run)}")
         raise typer.Exit(143) from None
+    except OSError as error:
+        if run.checkpoint is None:
+            raise
+        raise ValueError(f"{_one_line(error)}; make room, then: {_resuming(run)}") from error
+    except (DeviceLost, BrokenData) as error:
+        if run.checkpoint is None:
+            raise
+        raise type(error)(f"{error}; to go on: {_resuming(run)}", error.history) from error  # type: ignore[arg-type]
     _figures_table(result.figures)
     last = list(result.figures)[-1]
     for name, value in result.figures[last].items():
@@ -89,7 +97,11 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
 
 
 def _how_to_resume(run: Run) -> str:
-    return f"; gpu-mlp train --resume {shlex.quote(str(run.folder))} goes on from here" if run.checkpoint else ""
+    return f"; {_resuming(run)} goes on from here" if run.checkpoint else ""
+
+
+def _resuming(run: Run) -> str:
+    return f"gpu-mlp train --resume {shlex.quote(str(run.folder))}"
 
 
 def _declared(command: Any) -> Any:

@@ -347,6 +347,8 @@ def _resolved(given: TrainOptions) -> TrainOptions:
         chosen.schedule = "constant" if full_batch else DEFAULT_SCHEDULE
     if chosen.checkpoint_every is None:
         chosen.checkpoint_every = NEVER if full_batch else DEFAULT_CHECKPOINTS
+    elif full_batch and chosen.checkpoint_every != NEVER:
+        raise ValueError(f"checkpoint_every: a run of L-BFGS cannot be resumed; leave it out, or say {NEVER}")
     if chosen.checkpoint_every != NEVER:
         _named("checkpoint_every", interval, chosen.checkpoint_every)
     checks.integer("checkpoint_keep", chosen.checkpoint_keep, 1)
