@@ -297,5 +297,13 @@ def newest(where: Path, fits: Fits) -> Snapshot | None:
     return None
 
 
+def metadata(folder: Path) -> Mapping[str, Any] | None:
+    """What the network of the newest readable checkpoint in a folder was described by; None where there is none."""
+    for path in reversed(listed(folder)):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OSError), tensorfile.opened(path, FILE) as file:
+            return dict(file.header["metadata"])
+    return None
+
+
 def _reason(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)

@@ -1,4 +1,4 @@
-"""The command `gpu-mlp`: train, sweep, evaluate, predict, info, check.
+"""The command `gpu-mlp`: train, sweep, evaluate, predict, make-data, info, check.
 
 The topmost room: turns words into calls of `runs`, `model`, `environment` and `selfcheck`, and errors into one line
 on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -41,6 +42,11 @@ app = typer.Typer(
 ModelArgument = Annotated[
     Path, typer.Argument(help="A model file, or the run folder that holds it.", show_default=False)
 ]
+SECONDS_BETWEEN_NOTES = 2.0
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="Memory to do it in, such as 1GiB: what does not fit is read in pieces", show_default=False),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
@@ -58,10 +64,10 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     last checkpoint to the very weights that it would have reached. Of its options --device, --plots, --log, --progress,
     --checkpoint-every and --checkpoint-keep can be given anew, and --epochs where the schedule does not span the run.
     """
-    from .runs import Run
+    from .streamed import make
 
     options = merged(config, given) if resume is None else resumed(resume, config, given)
-    run = Run(options, resume=resume is not None)
+    run = make(options, resume=resume is not None)
     net, parts = run.model.net, run.parts.named()
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
     shape = f"{' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters"
@@ -194,24 +200,28 @@ def evaluate(
     target: Annotated[
         str | None, typer.Option(help="Target column, key or file", show_default="as in training")
     ] = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Judge a model: accuracy for classes, RMSE and R² for values."""
-    from . import data as datasets
     from .model import Model
-    from .runs import held_out
+    from .streamed import held_out, opened
+    from .streams import Stream
 
     loaded = Model.load(model, device)
     if data is None:
         if target is not None:
             raise ValueError("target: goes with --data")
-        name, part = held_out(loaded)
+        name, part = held_out(loaded, memory)
     else:
-        name, part = "", datasets.load(data, _target_in(data, target, loaded))
-        part = part.test if part.test is not None else part
-    if part.y is None:
-        raise ValueError(f"target: {data} has none; name it with --target")
-    figures = loaded.figures(loaded.outputs(part.x), part.y)
+        name, part = "", opened(data, _target_in(data, target, loaded), None, memory)
+    if isinstance(part, Stream):
+        figures = loaded.judge(loaded.labelled(part))
+    else:
+        part = part.test if part.test is not None and data is not None else part
+        if part.y is None:
+            raise ValueError(f"target: {data} has none; name it with --target")
+        figures = loaded.figures(loaded.outputs(part.x), part.y)
     _say(f"{len(part)} rows")
     for figure, value in figures.items():
         print(f"{name} {figure.replace('_', ' ')}: {value:.4f}".strip())
@@ -223,37 +233,68 @@ def predict(
     data: Annotated[str, typer.Option(help="Rows to predict: a file as for training; a target in it is ignored")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write: .csv, or .npy with the predictions", show_default="CSV to the screen"),
+        typer.Option(help="File to write: .csv, .npy or .parquet", show_default="CSV to the screen"),
     ] = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also the probability of every class")] = False,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Predict a label or a value for every row."""
     from . import data as datasets
     from .model import Model
-    from .predictions import to_csv, to_npy
+    from .predictions import check_path, write
+    from .streamed import opened
+    from .streams import Stream
 
-    writers = {".csv": to_csv, ".npy": to_npy}
-    if out is not None and out.suffix not in writers:
-        raise ValueError(f"out: expected a file ending in .csv or .npy, got {out}")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"out: there is no folder {out.parent}")
+    if out is not None:
+        check_path(out)
     loaded = Model.load(model, device)
-    raw = datasets.load(data, _target_in(data, None, loaded), require_target=False)
-    raw = raw.test if raw.test is not None and data in datasets.BUILT_IN else raw
-    y_hat = loaded.outputs(raw.x)
-    shares = loaded.probabilities(y_hat) if probabilities else None
-    if out is None:
-        to_csv(None, loaded, y_hat, shares)
+    raw = opened(data, _target_in(data, None, loaded), None, memory, require_target=False)
+    if isinstance(raw, Stream):
+        write(out, loaded, (y_hat for y_hat, _ in loaded.batches(raw)), len(raw), probabilities)
     else:
-        writers[out.suffix](out, loaded, y_hat, shares)
-        _say(f"{len(y_hat)} predictions written to {out}")
+        raw = raw.test if raw.test is not None and data in datasets.BUILT_IN else raw
+        write(out, loaded, [loaded.outputs(raw.x)], len(raw), probabilities)
+    if out is not None:
+        _say(f"{len(raw)} predictions written to {out}")
 
 
 def _target_in(data: str, given: str | None, model: Any) -> str | None:
     """The target that was given; else, for a file whose columns or keys have names, the one of the training data."""
     named = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npz")
     return given if given is not None or not data.lower().endswith(named) else model.data.get("target")
+
+
+# --- make-data ------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="make-data")
+def make_data(
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new", show_default=False)],
+    rows: Annotated[int, typer.Option(help="How many rows")] = 100_000,
+    features: Annotated[int, typer.Option(help="How many columns of x, at least 2")] = 20,
+    task: Annotated[str, typer.Option(help="classification or regression")] = "classification",
+    classes: Annotated[int, typer.Option(help="How many classes, for a classification")] = 3,
+    format: Annotated[str, typer.Option(help="npy, npz, parquet or csv")] = "npy",
+    shards: Annotated[int, typer.Option(help="Files that the rows are spread over")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the rule and of the rows")] = 0,
+) -> None:
+    """Write a synthetic data set of any size whose best possible figure is known, to test and to measure with."""
+    from .synthetic import Synthetic, write
+
+    data = Synthetic(rows, features, task, classes, seed)
+    started = told = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > SECONDS_BETWEEN_NOTES and done < rows:
+            told = time.monotonic()
+            _say(f"{done:,} of {rows:,} rows, {(told - started) * (rows - done) / done:.0f} s left")
+
+    folder = write(data, out, format, shards, tell)
+    _say(f"{rows:,} rows of {features} features in {shards} {format} shard{'s' * (shards != 1)} written to {folder}")
+    for name, value in data.best.items():
+        print(f"best possible {name}: {value:.4f}")
 
 
 # --- info, check ----------------------------------------------------------------------------------------------------

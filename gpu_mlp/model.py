@@ -7,7 +7,7 @@ values out.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from . import checks, metrics
 from .network import MLP
 from .preprocessing import Labels, Preprocessor, TargetScaler
 from .readers import Columns
+from .shards import Piece
+from .streams import Stream
 
 # What each loss of a command-line run makes of the output layer; the first of each task is its default.
 OUTPUT_OF = {
@@ -95,17 +97,45 @@ class Model:
 
     def figures(self, y_hat: NDArray[Any], y: NDArray[Any]) -> dict[str, float]:
         """How good ŷ is against raw targets: accuracy, or RMSE and R² in the target's own units."""
-        chosen = [
-            metrics.make(name, self.loss, self.net.sizes[-1]) for name in metrics.default(self.loss, y_hat.shape[1])
-        ]
-        if isinstance(self.target, Labels):
-            read, true = y_hat, self.target.encode(y)
-        else:
-            read = np.asarray(self.target.inverse(y_hat)).reshape(len(y_hat), -1)
-            true = np.asarray(y, np.float64).reshape(len(y), -1)
-        for metric in chosen:
-            metric.add(read, true, None)
+        return self.judge([(y_hat, y)])
+
+    def judge(self, batches: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, float]:
+        """The same figures over batches of (ŷ, raw targets)."""
+        n_outputs = self.net.sizes[-1]
+        chosen = [metrics.make(name, self.loss, n_outputs) for name in metrics.default(self.loss, n_outputs)]
+        for y_hat, y in batches:
+            if isinstance(self.target, Labels):
+                read, true = y_hat, self.target.encode(y)
+            else:
+                read = np.asarray(self.target.inverse(y_hat)).reshape(len(y_hat), -1)
+                true = np.asarray(y, np.float64).reshape(len(y), -1)
+            for metric in chosen:
+                metric.add(read, true, None)
         return {metric.name: metric.value() for metric in chosen}
+
+    # --- rows that are read in pieces ---
+
+    def prepared(self, stream: Stream) -> Stream:
+        """A stream of raw rows as the network takes them, x and y."""
+
+        def prepare(piece: Piece) -> Piece:
+            return Piece(self.inputs(piece.x), None if piece.y is None else self.targets(piece.y), None)
+
+        return stream.prepared(prepare)
+
+    def batches(self, stream: Stream) -> Iterator[tuple[NDArray[Any], NDArray[Any] | None]]:
+        """(ŷ, raw targets or None) of a stream of raw rows, piece by piece in the order of the files."""
+        for piece in stream.prepared(lambda piece: Piece(self.inputs(piece.x), piece.y, None)).pieces():
+            yield self.net.forward(piece.x), piece.y
+
+    def labelled(self, stream: Stream) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """(ŷ, raw targets) of a stream of raw rows, for `judge`."""
+        for y_hat, y in self.batches(stream):
+            if y is None:
+                raise ValueError(f"target: {stream.source} has none; name it with --target")
+            yield y_hat, y
+
+    # --- files ---
 
     def describe(self) -> None:
         """Put into the network's metadata, which travel with it, all but the network that a prediction needs."""
@@ -164,6 +194,8 @@ def _source(found: Any) -> dict[str, Any]:
         if name in ("data", "target", "folder"):
             if value is not None and not (isinstance(value, str) and len(value) <= LONGEST_PATH):
                 raise TypeError(f"data.{name}: expected text of at most {LONGEST_PATH} characters, got {value!r}")
+        elif name == "in_pieces":
+            checks.boolean(f"data.{name}", value)
         elif name in ("test", "validation"):
             checks.real(f"data.{name}", value, 0, 1, open_maximum=True)
         elif name == "seed":

@@ -29,7 +29,9 @@ class TrainOptions:
     """What `gpu-mlp train` can be told. None stands for a default that depends on the data or on other options."""
 
     data: str = _option(
-        "digits", DATA, "digits, fashion-mnist, or a file: .csv .tsv .parquet .npz .npy, IDX or a folder of IDX files"
+        "digits",
+        DATA,
+        "digits, fashion-mnist, a file: .csv .tsv .parquet .npz .npy or IDX, or a folder of IDX files or of shards",
     )
     target: str | None = _option(
         None,
@@ -44,6 +46,16 @@ class TrainOptions:
     standardize: bool = _option(True, DATA, "Scale every numeric column to mean 0 and deviation 1 (training part's)")
     impute: str | None = _option(
         None, DATA, "Fill missing values: mean, median or most_frequent", "missing values are refused"
+    )
+
+    memory: str | None = _option(
+        None,
+        DATA,
+        "Memory of the run, such as 1GiB: what does not fit is read in pieces",
+        "what the machine has left",
+    )
+    buffer_rows: int | None = _option(
+        None, DATA, "Rows that are shuffled among each other, of data read in pieces", "as many as take 64 MiB"
     )
 
     hidden: str = _option("256,128", NETWORK, "Widths of the hidden layers; none: no hidden layer")
@@ -153,7 +165,7 @@ def from_values(values: Mapping[str, Any], path: str | os.PathLike[str] | None, 
 
 
 # What a run that is resumed may be told anew; whether the epochs may change depends on the schedule.
-FREE = ("epochs", "device", "plots", "log", "progress", "checkpoint_every", "checkpoint_keep")
+FREE = ("epochs", "device", "memory", "plots", "log", "progress", "checkpoint_every", "checkpoint_keep")
 
 
 def resumed(

@@ -75,12 +75,20 @@ def learning_curves(path: Path, history: History, title: str) -> None:
 
 
 def confusion_matrix(
-    path: Path, true: NDArray[Any], predicted: NDArray[Any], labels: Sequence[str], title: str
+    path: Path,
+    true: NDArray[Any],
+    predicted: NDArray[Any],
+    labels: Sequence[str],
+    title: str,
+    times: NDArray[Any] | int = 1,
 ) -> None:
-    """How often each true class (row) was taken for each class (column); colours are shares of the row."""
+    """How often each true class (row) was taken for each class (column); colours are shares of the row.
+
+    true, predicted: (m,) codes of classes, each pair of which counts ``times``.
+    """
     n = len(labels)
     counts = np.zeros((n, n), np.int64)
-    np.add.at(counts, (true, predicted), 1)
+    np.add.at(counts, (true, predicted), times)
     share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     side = min(12.0, 2.5 + 0.42 * n)
     figure = _figure(side + 0.8, side)

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,45 +138,47 @@ class _Numbers:
         return ((rows, self.block(rows)) for rows in _blocks(self.n, len(self.labels)))
 
 
-@dataclass
-class _Survey:
-    """One pass over the columns: missing, total, low and high, (m,) each, of the values that are there."""
+class Survey:
+    """One pass over columns: rows, and of the values that are there missing, total, low and high, (m,) each."""
 
-    missing: np.ndarray
-    total: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    def __init__(self, labels: list[str]) -> None:
+        m = len(labels)
+        self.labels, self.rows = labels, 0
+        self.missing, self.total = np.zeros(m, np.int64), np.zeros(m)
+        self.low, self.high = np.full(m, np.inf), np.full(m, -np.inf)
+
+    def add(self, numbers: _Numbers) -> Survey:
+        """Count, sum and bounds of every column; inf is refused with its row and column."""
+        for rows, block in numbers.blocks():
+            if np.isinf(block).any():
+                row, j = np.argwhere(np.isinf(block))[0]
+                raise ValueError(f"{_row(rows.start + row)}, {self.labels[j]}: inf is not accepted")
+            self.missing += np.isnan(block).sum(axis=0)
+            with np.errstate(over="ignore"):  # a sum that overflows is refused with the name of its column
+                self.total += np.nansum(block, axis=0)
+            self.low = np.fmin(self.low, np.fmin.reduce(block, axis=0))
+            self.high = np.fmax(self.high, np.fmax.reduce(block, axis=0))
+        self.rows += numbers.n
+        return self
+
+    def fills(self, choose: Callable[[int], float] | None) -> np.ndarray:
+        """What stands in for a missing value: the (m,) means, or what ``choose`` says of each column."""
+        empty = [self.labels[j] for j in np.flatnonzero(self.missing == self.rows)]
+        if empty:
+            raise ValueError(f"{', '.join(empty)}: no value at all to impute from; leave the column out")
+        if choose is None:
+            fills = self.total / (self.rows - self.missing)
+            for j in np.flatnonzero(~np.isfinite(fills)).tolist():
+                raise ValueError(f"{self.labels[j]}: values up to {self.high[j]:g} overflow in float64")
+        else:
+            fills = np.array([choose(j) for j in range(len(self.labels))], np.float64)
+        return np.where(self.low == self.high, self.low, fills)  # a mean may be an ulp off its constant column
 
 
-def _survey(numbers: _Numbers) -> _Survey:
-    """Count, sum and bounds of every column; inf is refused with its row and column."""
-    m = len(numbers.labels)
-    found = _Survey(np.zeros(m, np.int64), np.zeros(m), np.full(m, np.inf), np.full(m, -np.inf))
-    for rows, block in numbers.blocks():
-        if np.isinf(block).any():
-            row, j = np.argwhere(np.isinf(block))[0]
-            raise ValueError(f"{_row(rows.start + row)}, {numbers.labels[j]}: inf is not accepted")
-        found.missing += np.isnan(block).sum(axis=0)
-        with np.errstate(over="ignore"):  # a sum that overflows is refused with the name of its column
-            found.total += np.nansum(block, axis=0)
-        found.low = np.fmin(found.low, np.fmin.reduce(block, axis=0))
-        found.high = np.fmax(found.high, np.fmax.reduce(block, axis=0))
-    return found
-
-
-def _fills(numbers: _Numbers, survey: _Survey, impute: str) -> np.ndarray:
-    """What stands in for a missing value: the (m,) means, medians or most frequent values (the smallest of a tie)."""
-    empty = [numbers.labels[j] for j in np.flatnonzero(survey.missing == numbers.n)]
-    if empty:
-        raise ValueError(f"{', '.join(empty)}: no value at all to impute from; leave the column out")
-    if impute == "mean":
-        fills = survey.total / (numbers.n - survey.missing)
-        for j in np.flatnonzero(~np.isfinite(fills)).tolist():
-            raise ValueError(f"{numbers.labels[j]}: values up to {survey.high[j]:g} overflow in float64")
-    else:
-        choose = _mode if impute == "most_frequent" else np.median
-        fills = np.array([choose(numbers.column(j)) for j in range(len(numbers.labels))], np.float64)
-    return np.where(survey.low == survey.high, survey.low, fills)  # a mean may be an ulp off its constant column
+def _fills(numbers: _Numbers, survey: Survey, impute: str) -> np.ndarray:
+    """The (m,) means, medians or most frequent values (the smallest of a tie)."""
+    choose = {"mean": None, "median": np.median, "most_frequent": _mode}[impute]
+    return survey.fills(None if choose is None else lambda j: float(choose(numbers.column(j))))
 
 
 def _mode(values: np.ndarray) -> float:
@@ -184,34 +186,47 @@ def _mode(values: np.ndarray) -> float:
     return float(distinct[counts.argmax()])
 
 
-def _mean_and_scale(numbers: _Numbers, survey: _Survey, fills: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (m,) of the columns once missing values are filled; scale 1 for a constant column.
+class Moments:
+    """A second pass over columns: their mean and standard deviation once missing values are filled.
 
     Two passes, sum (x - mean)² corrected by the rounding of the mean: exact to the last digits for any offset. The
     deviations are taken in units of the span of their column, so that no square over- or underflows.
     """
-    n, missing, low = numbers.n, survey.missing, survey.low
-    fill = low if fills is None else fills  # with no fills nothing is missing, and the sums below add zeros
-    constant = (low == survey.high) & ((missing == 0) | (fill == low))
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean = np.where(constant, low, (survey.total + missing * fill) / n)
-        span = np.where(constant, 1.0, survey.high - low)
-        filled = (fill - mean) / span
-        drift, square = missing * filled, missing * filled**2
+
+    def __init__(self, survey: Survey, fills: np.ndarray | None) -> None:
+        self._survey, missing, low = survey, survey.missing, survey.low
+        fill = low if fills is None else fills  # with no fills nothing is missing, and the sums below add zeros
+        constant = (low == survey.high) & ((missing == 0) | (fill == low))
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._mean = np.where(constant, low, (survey.total + missing * fill) / survey.rows)
+            self._span = np.where(constant, 1.0, survey.high - low)
+            filled = (fill - self._mean) / self._span
+            self._drift, self._square = missing * filled, missing * filled**2
+
+    def add(self, numbers: _Numbers) -> Moments:
+        """Take in rows that the survey has seen."""
         for _, block in numbers.blocks():
-            block -= mean
-            block /= span
-            if missing.any():
-                block[np.isnan(block)] = 0.0
-            drift += block.sum(axis=0)
-            square += np.einsum("ij,ij->j", block, block)
-        mean += drift / n * span
-        scale = span * np.sqrt(np.maximum(square - drift**2 / n, 0.0) / n)
-    too_large = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale)))
-    if too_large.size:
-        j = int(too_large[0])
-        raise ValueError(f"{numbers.labels[j]}: values from {low[j]:g} to {survey.high[j]:g} overflow in float64")
-    return mean, np.where(scale == 0, 1.0, scale)
+            with np.errstate(over="ignore", invalid="ignore"):
+                block -= self._mean
+                block /= self._span
+                if self._survey.missing.any():
+                    block[np.isnan(block)] = 0.0
+                self._drift += block.sum(axis=0)
+                self._square += np.einsum("ij,ij->j", block, block)
+        return self
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and scale, (m,) each; the scale of a constant column is 1."""
+        survey, n = self._survey, self._survey.rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = self._mean + self._drift / n * self._span
+            scale = self._span * np.sqrt(np.maximum(self._square - self._drift**2 / n, 0.0) / n)
+        too_large = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(scale)))
+        if too_large.size:
+            j = int(too_large[0])
+            low, high = survey.low[j], survey.high[j]
+            raise ValueError(f"{survey.labels[j]}: values from {low:g} to {high:g} overflow in float64")
+        return mean, np.where(scale == 0, 1.0, scale)
 
 
 # --- categories ------------------------------------------------------------------------------------------------------
@@ -240,11 +255,18 @@ class _Category:
     @classmethod
     def fit(cls, column: int, label: str, values: np.ndarray, impute: str | None, most: int) -> _Category:
         counts = Counter(text for text in _texts(label, values) if text is not None)
+        return cls.of(column, label, counts, len(values), impute, most)
+
+    @classmethod
+    def of(
+        cls, column: int, label: str, counts: Mapping[str, int], rows: int, impute: str | None, most: int
+    ) -> _Category:
+        """From how often each text is in so many rows."""
         if not counts:
             raise ValueError(f"{label}: no value at all to impute from; leave the column out")
         if len(counts) > most:
             raise ValueError(
-                f"{label}: {len(counts)} different texts in {len(values)} rows (such as {min(counts)!r}) would make as "
+                f"{label}: {len(counts)} different texts in {rows} rows (such as {min(counts)!r}) would make as "
                 f"many inputs; leave an identifier out, correct a mistyped number, or raise max_categories={most}"
             )
         frequent = min(counts, key=lambda text: (-counts[text], text))
@@ -327,12 +349,13 @@ class Preprocessor:
             raise ValueError(f"x: expected at least one row and one column, got {n} rows and {d} columns")
         text = [j for j in range(d) if isinstance(columns, list) and columns[j].dtype.kind in "OU"]
         numbers = _numbers(columns, names, text)
-        survey = _survey(numbers)
+        survey = Survey(numbers.labels).add(numbers)
         if impute is None:
-            _refuse_missing(columns, names, text, survey.missing)
+            missing_texts = [_texts(_label(names, j), columns[j]).count(None) for j in text]
+            _refuse_missing(n, names, text, missing_texts, survey.missing)
         fill = None if impute is None else _fills(numbers, survey, impute)
         m = len(numbers.labels)
-        mean, scale = _mean_and_scale(numbers, survey, fill) if standardize else (np.zeros(m), np.ones(m))
+        mean, scale = Moments(survey, fill).add(numbers).result() if standardize else (np.zeros(m), np.ones(m))
         categorical = tuple(_Category.fit(j, _label(names, j), columns[j], impute, max_categories) for j in text)
         return cls(d, names, standardize, impute, mean, scale, fill, categorical)
 
@@ -541,12 +564,12 @@ def _as_numbers(label: str, column: np.ndarray) -> np.ndarray:
 
 
 def _refuse_missing(
-    columns: np.ndarray | list[np.ndarray], names: list[str] | None, text: list[int], missing: np.ndarray
+    n: int, names: list[str] | None, text: list[int], missing_texts: list[int], missing: np.ndarray
 ) -> None:
-    """ValueError naming every column with missing values and how many, in the order of the columns."""
-    n, d = _size(columns)
+    """ValueError naming every column with missing values and how many of ``n``, in the order of the columns."""
+    d = len(text) + len(missing)
     counts = np.zeros(d, np.int64)
-    counts[text] = [_texts(_label(names, j), columns[j]).count(None) for j in text]
+    counts[text] = missing_texts
     counts[np.delete(np.arange(d), text)] = missing
     if counts.any():
         listed = [f"{_label(names, j)} ({counts[j]} of {n})" for j in np.flatnonzero(counts).tolist()]
@@ -729,8 +752,10 @@ class TargetScaler:
         if values.size == 0:
             raise ValueError(f"y: expected at least one value, got shape {np.shape(y)}")
         k = values.shape[1]
-        numbers = _Numbers(values, [f"y, output {j}" for j in range(k)], len(values))
-        mean, scale = _mean_and_scale(numbers, _survey(numbers), None) if standardize else (np.zeros(k), np.ones(k))
+        numbers = target_numbers(values)
+        mean, scale = np.zeros(k), np.ones(k)
+        if standardize:
+            mean, scale = Moments(Survey(numbers.labels).add(numbers), None).add(numbers).result()
         return cls(mean, scale, 1 if np.ndim(y) == 1 else 2)
 
     def __len__(self) -> int:
@@ -775,6 +800,11 @@ class TargetScaler:
             raise ValueError(f"target scaler.ndim: expected 1 (for one output) or 2, got {ndim}")
         k = len(mean)
         return cls(_finite("target scaler.mean", mean, k), _scales("target scaler.scale", scale, k), ndim)
+
+
+def target_numbers(values: np.ndarray) -> _Numbers:
+    """(n, k) targets as columns that can be surveyed."""
+    return _Numbers(values, [f"y, output {j}" for j in range(values.shape[1])], len(values))
 
 
 def _target_values(y: ArrayLike) -> np.ndarray:

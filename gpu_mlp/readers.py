@@ -191,7 +191,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
 DEFLATE_RATIO = 1032  # deflate cannot expand a byte into more: a larger claim is a lie, refused before allocating
 LIKELY_RATIO = 200  # what real data are packed by at most; more is a bomb,
 FREE_BYTES = 1 << 27  # unless it is no larger than this
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 20
 
 
 def _most_unpacked(size: int) -> int:
@@ -220,31 +220,36 @@ def _decoder(where: Path | str, kind: str) -> Iterator[None]:
 
 def _read_exactly(stream: IO[bytes], count: int, where: Path | str) -> np.ndarray:
     """The last ``count`` bytes of ``stream`` as a writable (count,) uint8 array; ValueError for fewer or for more."""
-    buffer = bytearray()  # grows with what there is, not with what a header says
+    buffer = np.empty(count, np.uint8)  # of what a lying header claims, only what is filled takes memory
+    filled = 0
     with _decoder(where, "data"):
-        while len(buffer) < count and (piece := stream.read(min(CHUNK_BYTES, count - len(buffer)))):
-            buffer += piece
+        while filled < count:
+            got = stream.readinto(buffer[filled : filled + CHUNK_BYTES].data)  # type: ignore[attr-defined]  # all have it
+            if not got:
+                break
+            filled += got
         surplus = stream.read(1)
-    if len(buffer) < count or surplus:
-        found = f"more than {count}" if surplus else str(len(buffer))
+    if filled < count or surplus:
+        found = f"more than {count}" if surplus else str(filled)
         raise ValueError(f"{where}: expected {count} bytes after the header, found {found}")
-    return np.frombuffer(buffer, np.uint8)
+    return buffer
 
 
 def _array_of(data: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool = False) -> np.ndarray:
-    """Bytes -> array of native byte order; no copy where the bytes are in that order already.
+    """Bytes -> array of native byte order, in the same memory.
 
     Raises ValueError for bytes that are no value of the type: a truth above 1, a character that there is not.
     """
     array = data.view(dtype)
+    if not dtype.isnative:
+        array = array.byteswap(inplace=True).view(dtype.newbyteorder("="))
     if dtype.kind == "b" and data.max(initial=0) > 1:
         raise ValueError("a boolean that is neither 0 nor 1")
     if dtype.kind == "U":
-        codes = data.view(np.dtype("u4").newbyteorder(dtype.byteorder))
+        codes = data.view(np.uint32)
         if ((codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))).any():
             raise ValueError("text that is not Unicode")
-    array = array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-    return array.astype(dtype.newbyteorder("="), copy=False)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
 from .averaging import EMA
 from .checkpoint import LOCK, Checkpoints, interval, listed
-from .failures import DeviceLost, Diverged, Terminated
+from .failures import BrokenData, DeviceLost, Diverged, Terminated
 from .fitting import Callback
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
@@ -39,13 +40,16 @@ DEFAULT_LR = {"adam": 2e-3, "adamw": 2e-3}
 
 @dataclass
 class Parts:
-    """The parts of a data set: what is trained on, what is watched meanwhile, and what gives the final figures."""
+    """The parts of a data set: what is trained on, what is watched meanwhile, and what gives the final figures.
 
-    train: RawData
-    validation: RawData | None
-    test: RawData | None
+    Each is a `RawData`, or all are a `Stream`.
+    """
 
-    def named(self) -> dict[str, RawData]:
+    train: Any
+    validation: Any
+    test: Any
+
+    def named(self) -> dict[str, Any]:
         """The parts that there are, by name."""
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: part for name, part in found.items() if part is not None}
@@ -93,7 +97,10 @@ class Run:
     it is the run in the folder ``given.out``, which goes on.
     """
 
-    def __init__(self, given: TrainOptions, raw: RawData | None = None, resume: bool = False) -> None:
+    in_pieces = False  # whether the data set is a `Stream`
+    _confused: tuple[Any, ...]  # the true classes, those they were taken for, and how often where it is not once each
+
+    def __init__(self, given: TrainOptions, raw: Any = None, resume: bool = False) -> None:
         self.options = _resolved(given)
         self.resume = resume
         self.folder = _new_folder(given.data) if given.out is None else Path(given.out)
@@ -103,26 +110,33 @@ class Run:
         self.raw = raw = self._read() if raw is None else raw
         self._resolve_task(raw)
         self._check_whole(raw)
-        chosen = self.options
-        self.parts = split_parts(raw, chosen.task, chosen.test, chosen.validation, chosen.seed)
+        self.parts = self._split(raw)
         self.model = self._model()
         self.trainer = self._trainer()
         self._prepared = {name: self._prepare(name, part) for name, part in self.parts.named().items()}
 
     # --- before the start ---
 
-    def _read(self) -> RawData:
+    def _read(self) -> Any:
         chosen = self.options
         raw = data.load(chosen.data, chosen.target, chosen.folder)
         if raw.y is None:
             raise ValueError(f"target: {chosen.data} has none; name it with --target")
         return raw
 
-    def _resolve_task(self, raw: RawData) -> None:
+    def _split(self, raw: Any) -> Parts:
+        chosen = self.options
+        return split_parts(raw, chosen.task, chosen.test, chosen.validation, chosen.seed)
+
+    def _targets(self, raw: Any) -> NDArray[Any]:
+        """The targets that the task is inferred from."""
+        return _target_of(raw)
+
+    def _resolve_task(self, raw: Any) -> None:
         """The options whose defaults wait for the task, and the losses that do not fit it."""
         chosen = self.options
         if chosen.task == "auto":
-            chosen.task = infer_task(_target_of(raw))
+            chosen.task = infer_task(self._targets(raw))
         outputs = OUTPUT_OF[chosen.task]
         if chosen.loss is None:
             chosen.loss = next(iter(outputs))
@@ -134,7 +148,7 @@ class Run:
         elif chosen.label_smoothing and chosen.loss != "cross_entropy":
             raise ValueError(f"label_smoothing: only for loss 'cross_entropy', not {chosen.loss!r}")
 
-    def _check_whole(self, raw: RawData) -> None:
+    def _check_whole(self, raw: Any) -> None:
         """Refuse bad values by their row in the file, which the rows of a part no longer know."""
         if len(raw) < 2 and raw.test is None and (self.options.test or self.options.validation):
             raise ValueError(f"data: {len(raw)} row cannot be split; use test=0 and validation=0")
@@ -142,19 +156,24 @@ class Run:
         target.fit(_target_of(raw))
         Preprocessor.fit(raw.x, feature_names=raw.feature_names, standardize=False, impute=self.options.impute)
 
-    def _model(self) -> Model:
+    def _learn(self) -> tuple[Preprocessor, Labels | TargetScaler]:
+        """What the training part says about inputs and targets."""
         chosen, train = self.options, self.parts.train
         y = _target_of(train)
         target: Labels | TargetScaler
         if chosen.task == "classification":
             target = Labels.fit(y)
-            n_outputs = len(target)
         else:
             target = TargetScaler.fit(y, standardize=chosen.loss != "poisson")
-            n_outputs = 1 if y.ndim == 1 else y.shape[1]
         preprocessor = Preprocessor.fit(
             train.x, feature_names=train.feature_names, standardize=chosen.standardize, impute=chosen.impute
         )
+        return preprocessor, target
+
+    def _model(self) -> Model:
+        chosen = self.options
+        preprocessor, target = self._learn()
+        n_outputs = len(target) if isinstance(target, Labels) else len(target.mean)
         names = [name.strip() for name in chosen.activation.split(",")]
         net = MLP(
             [preprocessor.n_features_out, *chosen.hidden_sizes, n_outputs],
@@ -168,6 +187,7 @@ class Run:
         )
         source = {name: getattr(chosen, name) for name in ("data", "target", "folder", "test", "validation", "seed")}
         source["data"] = _from_anywhere(chosen.data)
+        source["in_pieces"] = self.in_pieces
         return Model(net, preprocessor, target, str(chosen.loss), source)
 
     def _trainer(self) -> Trainer:
@@ -186,7 +206,7 @@ class Run:
             average=None if chosen.average is None else EMA(chosen.average),
         )
 
-    def _prepare(self, name: str, part: RawData) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _prepare(self, name: str, part: Any) -> Any:
         """A part as the network takes it."""
         try:
             x, y = self.model.inputs(part.x), self.model.targets(_target_of(part))
@@ -204,13 +224,13 @@ class Run:
             self.folder = _new_folder(chosen.data)  # another run may have taken the name since
         created = [] if self.resume else _make(self.folder)
         checkpoints, resume = self._checkpoints()
-        failed: Diverged | DeviceLost | None = None
+        failed: Diverged | DeviceLost | BrokenData | None = None
         try:
             if not self.resume:
                 self._write_options()
             self.model.describe()
             history = self.fit(logs.of(chosen.log, self.folder), chosen.progress, checkpoints, resume)
-        except (Diverged, DeviceLost) as error:
+        except (Diverged, DeviceLost, BrokenData) as error:
             if error.history is None or not len(error.history):
                 self._take_back(created)
                 raise
@@ -281,46 +301,52 @@ class Run:
         """The files of the run folder, the model first: whatever happens then, what was learned is there."""
         self.model.save(self.folder / "model.safetensors")
         self._write_options()
-        outputs = {name: self.model.net.forward(x) for name, (x, _) in self._prepared.items()}
         with np.errstate(all="ignore"):  # the square of a huge target; the figure then says inf
-            figures = {
-                name: self.model.figures(outputs[name], _target_of(part)) for name, part in self.parts.named().items()
-            }
+            figures = self._judge()
         record = {**history.to_dict(), "figures": figures}
         tensorfile.write_bytes(self.folder / "history.json", _json(record).encode())
         if self.options.plots and plots.available():
-            self._draw(history, outputs)
+            self._draw(history)
         return Result(self.model, history, figures, self.folder)
 
-    def _draw(self, history: History, outputs: Mapping[str, NDArray[Any]]) -> None:
+    def _judge(self) -> dict[str, dict[str, float]]:
+        """The figures of every part; what the plot of the last one shows is kept."""
+        figures, net, target = {}, self.model.net, self.model.target
+        for name, part in self.parts.named().items():
+            y_hat, y = net.forward(self._prepared[name][0]), _target_of(part)
+            figures[name] = self.model.figures(y_hat, y)
+            if isinstance(target, Labels):
+                self._confused = target.encode(y), y_hat.argmax(axis=1)
+        return figures
+
+    def _draw(self, history: History) -> None:
         title = f"{self.options.data}: {' → '.join(map(str, self.model.net.sizes))}"
         if len(history):
             plots.learning_curves(self.folder / "learning_curves.png", history, title)
-        part = list(outputs)[-1]
         if isinstance(self.model.target, Labels):
-            true = self.model.target.encode(_target_of(self.parts.named()[part]))
             labels = [str(label) for label in self.model.target.decode(np.arange(len(self.model.target)))]
-            plots.confusion_matrix(
-                self.folder / "confusion_matrix.png",
-                true,
-                outputs[part].argmax(axis=1),
-                labels,
-                f"{title}, {part} part",
-            )
+            path, part = self.folder / "confusion_matrix.png", list(self.parts.named())[-1]
+            true, predicted, *times = self._confused
+            plots.confusion_matrix(path, true, predicted, labels, f"{title}, {part} part", *times)
 
 
 def held_out(model: Model) -> tuple[str, RawData]:
     """The part of a model's own data that was held out in its run: the test part, or else the validation part."""
-    try:
-        source = model.data
+    with known_source(model) as source:
         raw = data.load(source["data"], source["target"], source["folder"])
         parts = split_parts(raw, model.task, source["test"], source["validation"], source["seed"])
+    return list(parts.named().items())[-1]
+
+
+@contextmanager
+def known_source(model: Model) -> Iterator[Mapping[str, Any]]:
+    """Where a model's data came from; a ValueError where it does not say all that is asked."""
+    try:
+        yield model.data
     except KeyError as error:
         raise ValueError(
             f"data: the model does not say where its data is ({error} is missing); name it with --data"
         ) from None
-    name, part = list(parts.named().items())[-1]
-    return name, part
 
 
 # --- options to objects ---------------------------------------------------------------------------------------------

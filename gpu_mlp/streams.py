@@ -149,6 +149,12 @@ class Stream:
         part._settle(chunks[np.argsort(chunks[:, 0])].astype(np.int64))
         return part
 
+    def within(self, memory: int | str) -> Stream:
+        """The same rows, with other memory."""
+        other = copy.copy(self)
+        other.memory = checks.size("memory", memory)
+        return other
+
     def prepared(self, preparation: Preparation) -> Stream:
         """The same rows, each piece of them put through a function on its way in; threads call it side by side."""
         other = copy.copy(self)
@@ -168,12 +174,25 @@ class Stream:
         BrokenData, naming the file and the rows, for whatever is wrong with them.
         """
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
-        try:
+        with self._named(chunk):
             return self.preparation(shard.read(start, stop, into))
+
+    @contextlib.contextmanager
+    def _named(self, chunk: int) -> Iterator[None]:
+        """Whatever is wrong with the rows of a chunk, as BrokenData that says where they are."""
+        try:
+            yield
         except (ValueError, TypeError, OSError) as error:
+            shard, start, _ = self._place(*self.chunks[chunk].tolist())
             text = " ".join(str(error).split())
             rows = "" if str(shard.path) in text else f"{shard.path}, counted from row {start}: "
             raise BrokenData(f"{rows}{text}") from error
+
+    def each(self, work: Callable[[Any, Any], None]) -> None:
+        """Do ``work(x, y)`` on every chunk in turn; an error says which rows it was."""
+        for chunk, piece in enumerate(self.pieces()):
+            with self._named(chunk):
+                work(piece.x, piece.y)
 
     def _place(self, start: int, stop: int) -> tuple[Shard, int, int]:
         """The shard that rows of the set lie in, and where they do there."""
@@ -224,6 +243,11 @@ class Stream:
     def ahead(self) -> ReadAhead:
         """What fills buffers in the order of an epoch."""
         return ReadAhead(self)
+
+
+def as_stored(piece: Piece) -> Piece:
+    """The piece itself."""
+    return piece
 
 
 def as_matrix(piece: Piece) -> Piece:

@@ -19,10 +19,26 @@ from .failures import Diverged
 from .history import LOWER_IS_BETTER, History
 from .options import TrainOptions
 from .readers import RawData
-from .runs import Run
+from .streamed import make
+from .streams import Stream
 
 # What a trial may not change, since its figure could not be compared with another's, and what is the sweep's own.
-COMMON = ("data", "target", "folder", "task", "test", "validation", "seed", "device", "log", "plots", "progress", "out")
+COMMON = (
+    "data",
+    "target",
+    "folder",
+    "memory",
+    "buffer_rows",
+    "task",
+    "test",
+    "validation",
+    "seed",
+    "device",
+    "log",
+    "plots",
+    "progress",
+    "out",
+)
 STARTUP_TRIALS = 5  # before any is pruned
 CUT = "cut"  # the study's list of trials that did not come to their end
 
@@ -101,7 +117,7 @@ class Sweep:
         self._say = say
         if metric == "validation_loss" and (odd := {"loss", "label_smoothing"} & set(search)):
             raise ValueError(f"search.{odd.pop()}: changes what validation_loss means; compare validation_accuracy")
-        self._raw: RawData = Run(common).raw  # before anything is written: do the common options work at all?
+        self._raw: RawData | Stream = make(common).raw  # before anything is written: do the common options work at all?
         self._lower = metric in LOWER_IS_BETTER
         pruners = optuna.pruners
         self._study = self._opened(
@@ -196,7 +212,7 @@ class Sweep:
 
     def _trained(self, trial: Any, chosen: TrainOptions) -> History:
         """The history of a run with these options, ended early where Optuna says so."""
-        run = Run(chosen, self._raw)
+        run = make(chosen, self._raw)
         names = metrics.default(run.trainer.loss.name, run.model.net.sizes[-1])
         checks.choice("metric", self.metric, ["validation_loss", *(f"validation_{name}" for name in names)])
 

@@ -97,7 +97,7 @@ def write(
     text = json.dumps(entries, separators=(",", ":"))
     text += " " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     _check_writable(format, text)
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(len(text).to_bytes(8, "little") + text.encode())
         for name in order:
             plain = np.ascontiguousarray(tensors[name], kinds[name])
@@ -124,13 +124,13 @@ def _check_writable(format: Format, text: str) -> None:
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     """Write a whole file or nothing: into a temporary file in the same folder, synced, then renamed."""
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(content)
     return Path(path)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of ``path`` once it is complete and on the disk; until then the old one stays."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")

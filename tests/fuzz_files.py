@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import gzip
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -252,7 +254,8 @@ def check_samples(files: list[Sample], folder: Path) -> None:
 def mutation(number: int, seed: int, files: list[Sample]) -> tuple[Sample, bytes]:
     """The ``number``-th damaged file of a seed and the sample that it was: the same in every run.
 
-    Every other packed file is damaged inside and packed again, so that its checksum does not hide the damage.
+    Every other packed file is damaged inside and packed again, so that its checksum does not hide the damage, and of
+    every other model file some values of the description are others, in JSON that is sound.
     """
     rng = np.random.default_rng([seed, number])
     sample = files[number % len(files)]
@@ -263,6 +266,8 @@ def mutation(number: int, seed: int, files: list[Sample]) -> tuple[Sample, bytes
         return sample, gzip.compress(plain, mtime=0)
     if inside and sample.name.endswith(".npz"):
         return sample, _damaged_member(sample.content, rng)
+    if inside and sample.name.endswith(".safetensors"):
+        return sample, _damaged_description(sample.content, rng)
     return sample, damaged(sample.content, others, rng)
 
 
@@ -282,6 +287,61 @@ def _damaged_member(content: bytes, rng: np.random.Generator) -> bytes:
     return packed.getvalue()
 
 
+VALUES = [
+    None,
+    True,
+    *INTERESTING,
+    -1,
+    0.5,
+    -0.5,
+    1e308,
+    10**30,
+    "",
+    "relu",
+    "nll",
+    "é" * 999,
+    [],
+    {},
+    [[]],
+    [0],
+    {"a": 1},
+]
+
+
+def _damaged_description(content: bytes, rng: np.random.Generator) -> bytes:
+    """A model file in whose description, or in whose layout, one to three values are others, gone or there twice."""
+    size = int.from_bytes(content[:8], "little")
+    layout = json.loads(content[8 : 8 + size])
+    description = json.loads(layout["__metadata__"]["header"])
+    for _ in range(rng.integers(1, 4)):
+        _change_value(layout if not rng.integers(4) else description, rng)
+    if isinstance(layout.get("__metadata__"), dict):
+        layout["__metadata__"]["header"] = json.dumps(description)
+    text = json.dumps(layout).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def _change_value(node: Any, rng: np.random.Generator) -> None:
+    """Go down from ``node`` to some value, and put another in its place."""
+    while node:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = keys[rng.integers(len(keys))]
+        if isinstance(node[key], (dict, list)) and rng.integers(5):
+            node = node[key]
+            continue
+        change = rng.integers(5)
+        if change == 0:
+            del node[key]
+        elif change == 1:
+            other = node[keys[rng.integers(len(keys))]]
+            node[f"{key}x" if isinstance(node, dict) else slice(key, key)] = (
+                other if isinstance(node, dict) else [other]
+            )
+        else:
+            node[key] = VALUES[rng.integers(len(VALUES))]
+        return
+
+
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     import warnings
@@ -298,8 +358,7 @@ def outcome(file: Path, target: str | None) -> str:
     """ "read", "refused", or what is wrong with how the file at hand was taken."""
     try:
         if file.suffix == ".safetensors":
-            model = Model.load(file, "cpu")
-            return "read" if np.isfinite(model.net.theta).all() else "a model that is not finite"
+            return _model_fault(Model.load(file, "cpu")) or "read"
         return _fault(readers.read(file, target)) or "read"
     except (ValueError, FileNotFoundError) as error:
         message = str(error)
@@ -308,6 +367,18 @@ def outcome(file: Path, target: str | None) -> str:
     named = file.name in message or "labels." in message or message.startswith(("target:", "y:"))
     readable = message.isprintable() and len(message) < 3000
     return "refused" if named and readable else f"a message that does not name the file: {message[:200]!r}"
+
+
+def _model_fault(model: Model) -> str:
+    """What is wrong with a model that was read; an empty string where it predicts."""
+    if not np.isfinite(model.net.theta).all():
+        return "a model that is not finite"
+    names = model.preprocessor.feature_names
+    texts = {category.column: category.categories[0] for category in model.preprocessor.categorical}
+    columns = [np.array([texts.get(j, 0.5)] * 2, object if j in texts else None)
+               for j in range(model.preprocessor.n_features_in)]  # fmt: skip
+    predicted = model.predict(np.column_stack(columns) if names is None else dict(zip(names, columns)))
+    return "" if len(predicted) == 2 else f"{len(predicted)} predictions of 2 rows"
 
 
 def _fault(raw: readers.RawData) -> str:
@@ -336,12 +407,12 @@ def work(connection: Connection, folder: str) -> None:
     connection.send("ready")
     while (asked := connection.recv()) is not None:
         name, target = asked
-        before, began = _peak(reset=True), time.process_time()
+        before, began = peak(reset=True), time.process_time()
         found = outcome(Path(name), target)
-        connection.send((found, time.process_time() - began, _peak() - before))
+        connection.send((found, time.process_time() - began, peak() - before))
 
 
-def _peak(reset: bool = False) -> int:
+def peak(reset: bool = False) -> int:
     """The largest resident memory since the last reset, in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")

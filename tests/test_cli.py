@@ -690,7 +690,10 @@ REFUSED = {
         ("predict", "values", "--data", "values.csv", "--probabilities"),
         "probabilities",
     ),
-    "predictions of another kind": (("predict", "m", "--data", "animals.csv", "--out", "p.txt"), ".csv or .npy"),
+    "predictions of another kind": (
+        ("predict", "m", "--data", "animals.csv", "--out", "p.txt"),
+        ".csv, .npy or .parquet",
+    ),
     "predictions into no folder": (("predict", "m", "--data", "animals.csv", "--out", "no/p.csv"), "out: "),
     "predictions under a file": (("predict", "m", "--data", "animals.csv", "--out", "animals.csv/p.csv"), "out: "),
 }
@@ -919,7 +922,7 @@ def _model_bytes(folder):
         (
             signal.SIGINT,
             130,
-            r"\d+ epochs in .* s, interrupted; written to m; gpu-mlp train --resume m goes on from here",
+            r"\d+ epochs in .* s, interrupted; written to m; ",
         ),
     ],
     ids=["killed", "terminated", "interrupted"],

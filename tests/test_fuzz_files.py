@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz_files import Fuzzer, mutation, samples
+from fuzz_files import Fuzzer, mutation, peak, samples
 from helpers import PROPERTY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,25 +127,6 @@ def idx_header(*shape):
     return bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
 
 
-def test_a_gzip_bomb_is_not_unpacked(tmp_path):
-    size = 1 << 28
-    bomb = gzip.compress(idx_header(size) + bytes(size), 9, mtime=0)
-    path = tmp_path / "a.idx.gz"
-    refused(path, bomb, "would unpack into 268435464, [0-9]+ times as many.*gunzip", str(path), most=1 << 20)
-    bomb = gzip.compress(b"a,b\n" + b"1,2\n" * (size // 4), 9, mtime=0)
-    assert len(bomb) < 1 << 20
-    path = tmp_path / "a.csv.gz"
-    path.write_bytes(bomb)
-    with pytest.raises(ValueError, match=r"would unpack into .*gunzip"):
-        read(path, "b")
-
-
-def test_a_gzip_header_that_claims_more_than_there_is_takes_no_memory(tmp_path):
-    content = gzip.compress(idx_header(100_000_000) + np.random.default_rng(0).bytes(1_000_000), mtime=0)
-    path = tmp_path / "a.idx.gz"
-    refused(path, content, "expected 100000000 bytes after the header, found 1000000", str(path), most=20 << 20)
-
-
 def archive(members, compression=zipfile.ZIP_DEFLATED):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as packed, pytest.MonkeyPatch.context() as patch:
@@ -159,6 +140,53 @@ def npy(array):
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path):
+    size = 1 << 28
+    bomb = gzip.compress(idx_header(size) + bytes(size), 9, mtime=0)
+    path = tmp_path / "a.idx.gz"
+    refused(path, bomb, "would unpack into 268435464, [0-9]+ times as many.*gunzip", str(path), most=1 << 20)
+    bomb = gzip.compress(b"a,b\n" + b"1,2\n" * (size // 4), 9, mtime=0)
+    assert len(bomb) < 1 << 20
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(bomb)
+    with pytest.raises(ValueError, match=r"would unpack into .*gunzip"):
+        read(path, "b")
+
+
+@linux
+def test_a_gzip_header_that_claims_more_than_there_is_takes_no_memory(tmp_path):
+    content = gzip.compress(idx_header(100_000_000) + np.random.default_rng(0).bytes(1_000_000), mtime=0)
+    path = tmp_path / "a.idx.gz"
+    path.write_bytes(content)
+    before = peak(reset=True)
+    with pytest.raises(ValueError, match="expected 100000000 bytes after the header, found 1000000"):
+        read(path, path)
+    assert peak() - before < 8 << 20
+
+
+BIG = np.random.default_rng(0).integers(0, 256, (4000, 2000)).astype(np.uint8)
+BIG_FILES = {
+    "npy": npy(BIG),
+    "npy of the other byte order": npy(BIG[:, :500].astype(">f4")),
+    "npz": archive([("x.npy", npy(BIG))], zipfile.ZIP_STORED),
+    "npz, packed": archive([("x.npy", npy(BIG))]),
+    "idx": idx_header(*BIG.shape) + BIG.tobytes(),
+    "idx.gz": gzip.compress(idx_header(*BIG.shape) + BIG.tobytes(), 1, mtime=0),
+}
+
+
+@linux
+@pytest.mark.parametrize("kind", BIG_FILES)
+def test_arrays_are_read_with_no_more_memory_than_twice_the_file(tmp_path, kind):
+    path = tmp_path / f"x.{kind.split(maxsplit=1)[0].strip(',')}"
+    path.write_bytes(BIG_FILES[kind])
+    read(path, require_target=False)  # what is allocated once
+    before = peak(reset=True)
+    data = read(path, require_target=False)
+    assert peak() - before < 2 * len(BIG_FILES[kind]) + (2 << 20)
+    assert data.x.nbytes == BIG.nbytes
 
 
 X, Y = npy(np.arange(6.0).reshape(3, 2)), npy(np.arange(3))

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from gpu_mlp import MLP
 from gpu_mlp.model import OUTPUT_OF, Model
-from gpu_mlp.predictions import to_csv, to_npy
+from gpu_mlp.predictions import write
 from gpu_mlp.preprocessing import Labels, Preprocessor, TargetScaler
 
 RNG = np.random.default_rng(5)
@@ -318,7 +318,7 @@ def _read_csv(path):
 def test_labels_and_probabilities_as_csv(tmp_path, labels):
     model = _classifier(labels)
     y_hat = _softmax(RNG.normal(size=(50, len(labels))))
-    to_csv(tmp_path / "p.csv", model, y_hat, y_hat)
+    write(tmp_path / "p.csv", model, [y_hat], len(y_hat), True)
     header, *rows = _read_csv(tmp_path / "p.csv")
     expected = sorted(labels)
     assert header == ["prediction", *(f"p_{label}" for label in expected)]
@@ -331,7 +331,7 @@ def test_labels_and_probabilities_as_csv(tmp_path, labels):
 def test_values_as_csv_keep_every_digit(tmp_path):
     for shape, header in (((20,), ["prediction"]), ((20, 2), ["prediction_0", "prediction_1"])):
         model, x = _regressor(RNG.normal(size=shape) * 1e3)
-        to_csv(tmp_path / "p.csv", model, model.outputs(x), None)
+        write(tmp_path / "p.csv", model, [model.outputs(x)], len(x), False)
         found = _read_csv(tmp_path / "p.csv")
         assert found[0] == header
         values = np.array([[float(value) for value in row] for row in found[1:]])
@@ -341,8 +341,8 @@ def test_values_as_csv_keep_every_digit(tmp_path):
 def test_to_the_screen_as_to_a_file(tmp_path, capsys):
     model = _classifier()
     y_hat = model.outputs(TABLE)
-    to_csv(None, model, y_hat, y_hat)
-    to_csv(tmp_path / "p.csv", model, y_hat, y_hat)
+    write(None, model, [y_hat], len(y_hat), True)
+    write(tmp_path / "p.csv", model, [y_hat], len(y_hat), True)
     assert capsys.readouterr().out == (tmp_path / "p.csv").read_text()
 
 
@@ -350,16 +350,16 @@ def test_to_the_screen_as_to_a_file(tmp_path, capsys):
 def test_labels_as_npy_load_without_pickle(tmp_path, labels):
     model = _classifier(labels)
     y_hat = np.eye(2)[[0, 1, 1]]
-    to_npy(tmp_path / "p.npy", model, y_hat, None)
+    write(tmp_path / "p.npy", model, [y_hat], len(y_hat), False)
     found = np.load(tmp_path / "p.npy", allow_pickle=False)
     assert found.tolist() == [labels[0], labels[1], labels[1]]
 
 
 def test_values_and_probabilities_as_npy(tmp_path):
     model, x = _regressor(RNG.normal(size=(20, 2)))
-    to_npy(tmp_path / "p.npy", model, model.outputs(x), None)
+    write(tmp_path / "p.npy", model, [model.outputs(x)], len(x), False)
     assert np.load(tmp_path / "p.npy").tobytes() == model.predict(x).tobytes()
     classifier = _classifier()
     shares = classifier.probabilities(classifier.outputs(TABLE))
-    to_npy(tmp_path / "p.npy", classifier, classifier.outputs(TABLE), shares)
+    write(tmp_path / "p.npy", classifier, [classifier.outputs(TABLE)], len(shares), True)
     assert np.load(tmp_path / "p.npy").tobytes() == shares.tobytes()

@@ -712,7 +712,7 @@ def test_plots_are_drawn_where_they_make_sense():
 def test_the_confusion_matrix_is_that_of_the_held_out_part(monkeypatch):
     drawn = {}
 
-    def keep(path, true, predicted, labels, title):
+    def keep(path, true, predicted, labels, title, times=1):
         drawn.update(true=true, predicted=predicted, labels=labels, title=title)
 
     monkeypatch.setattr(plots, "confusion_matrix", keep)
