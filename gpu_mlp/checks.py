@@ -179,7 +179,12 @@ def all_finite(array: np.ndarray) -> bool:
     if array.dtype.kind in "bui" or not array.size:
         return True
     with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(float(array.sum())) or bool(np.isfinite(array).all())
+        if array.flags.c_contiguous and array.dtype in (np.float32, np.float64):
+            flat = array.reshape(-1)
+            total = np.dot(flat, flat)  # BLAS's: a third of the time of a sum
+        else:
+            total = array.sum()
+        return math.isfinite(float(total)) or bool(np.isfinite(array).all())
 
 
 def _where(index: np.ndarray) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from . import activations
 from .losses import FUSED
 from .model import Model
-from .ops import cuda_obstacle
+from .ops import cuda_obstacle, numba_obstacle
 from .planning import plan_memory
 
-OPTIONAL = ("cupy-cuda12x", "ml_dtypes", "matplotlib", "pyarrow", "scikit-learn", "torch")
+OPTIONAL = ("cupy-cuda12x", "numba", "ml_dtypes", "matplotlib", "pyarrow", "scikit-learn", "torch")
 
 
 def describe_machine() -> dict[str, str]:
@@ -28,6 +28,7 @@ def describe_machine() -> dict[str, str]:
     )
     facts["optional"] = ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
     facts["NVIDIA driver"] = _driver()
+    facts["device='cpu'"] = f"NumPy alone: {numba_obstacle()}" if numba_obstacle() else "passes compiled by Numba"
     obstacle = cuda_obstacle()
     if obstacle:
         return {**facts, "device='cuda'": f"not usable: {obstacle}", "device='auto'": "means cpu"}

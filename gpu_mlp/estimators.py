@@ -289,7 +289,7 @@ class _BaseMLP(BaseEstimator):
         order = np.arange(n) if self.shuffle else None
         shown = Progress(1 if incremental else self.max_iter, n, bool(self.progress))
         self.n_iter_ = 0
-        with interrupt_between_steps() as interrupted, net._ops.tuned_for(net._largest_gemm(batch_size)):
+        with interrupt_between_steps() as interrupted, descent._tuned(batch_size):
 
             def after_batch(count: int) -> bool:
                 shown.advance(count)
@@ -437,8 +437,7 @@ class _BaseMLP(BaseEstimator):
         rule = self._optimizer()
         assert isinstance(rule, LBFGS)
         try:
-            with net._ops.tuned_for(net._largest_gemm(net._chunk_rows(len(rows)))):
-                result = solvers.minimise(net, self._objective(), rows, rule, self.max_iter, after_iteration)
+            result = solvers.minimise(net, self._objective(), rows, rule, self.max_iter, after_iteration)
         finally:
             shown.close()
         self._fitted.best = None

@@ -101,13 +101,13 @@ class Fit:
 
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
-        trainer, ops = self.trainer, self.net._ops
+        trainer = self.trainer
         trainer._recorder.clear()
         shown: Progress | None = None
         try:
             reason = self._begin()
             shown = Progress(self.epochs, self.n, progress, epoch=self.epochs_done, rows=self.rows_done)
-            tuned = ops.tuned_for(self.net._largest_gemm(self._rows_at_once()))
+            tuned = trainer._tuned(self.rows_at_once)
             with tuned, interrupt_between_steps(terminate=self._keeper is not None) as interrupted:
                 if reason:
                     self.finish(reason)
@@ -133,10 +133,11 @@ class Fit:
             warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=3)
         return self.history
 
-    def _rows_at_once(self) -> int:
-        """The rows of the largest pass."""
+    @property
+    def rows_at_once(self) -> int:
+        """The rows of a batch, or of a part of the data set where the whole of it is the batch."""
         full_batch = isinstance(self.trainer.optimizer, LBFGS)
-        return self.net._chunk_rows(self.n) if full_batch else -(-self.batch_size // self.trainer.accumulate)
+        return self.net._chunk_rows(self.n) if full_batch else self.batch_size
 
     @property
     def epochs_done(self) -> int:
@@ -270,7 +271,6 @@ class Fit:
         """Every epoch: shuffled minibatches, an update for each, then validation."""
         trainer, ops = self.trainer, self.net._ops
         schedule = self.schedule(self.epochs, self.began)
-        trainer._workspace(self.batch_size)
         feed = self._feed()
         self._settle_validation()
         self.net._refresh()

@@ -39,7 +39,7 @@ def minimise(fit: Fit, progress: Progress, interrupted: threading.Event) -> None
         progress.advance(fit.n)
         if not math.isfinite(cost):
             whole = Single(net._ops, fit.x, fit.y, fit.w, False)
-            work = trainer._workspace(net._chunk_rows(fit.n))
+            work = trainer._lanes(fit.rows_at_once)[0].work
             where = trainer._where_not_finite(whole, 0, fit.n, trainer.rounds, work)
             fit.fall_back()
             fit.history.stopped = "diverged"
@@ -88,8 +88,7 @@ def _full_gradient(fit: Fit) -> float:
     state, g = trainer._state, trainer._g
     ops.write_state(state, {Slot.COST: 0.0})
     ops.total_weight(trainer.loss, fit.y, fit.w, state)
-    work = trainer._workspace(net._chunk_rows(fit.n))
-    net._differentiate(fit.x, fit.y, fit.w, trainer.loss, work, trainer._gb, trainer._sink, state)
+    net._differentiate(fit.x, fit.y, fit.w, trainer.loss, trainer._lanes(fit.rows_at_once))
     if trainer.regularizer is not None:
         ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
         ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)

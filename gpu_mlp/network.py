@@ -25,14 +25,12 @@ from .losses import Loss
 from .ops.interface import Array, Dropout, Layout, Slot
 from .regularizers import ElasticNet
 from .tensorfile import Expected
-from .workspace import Workspace
+from .workspace import Lane, Sink, Workspace
 
 CHUNK_ROWS = 8192  # a pass that no minibatch limits takes at most so many rows,
 CHUNK_BYTES = 256 << 20  # and at most as many as fit such buffers
 FILE = tensorfile.Format("model", "a network", 1)
 _INIT_STREAM = 0  # which of the seed's independent streams the initial weights are drawn from
-
-Sink = Callable[[int, Array, Array, bool], None]  # layer, gz, h, accumulate
 
 
 class Gradients:
@@ -187,29 +185,33 @@ class MLP:
         y: Array,
         sample_weight: Array | None,
         loss: Loss,
-        work: Workspace,
-        gb: Sequence[Array],
-        sink: Sink,
-        state: Array,
+        lanes: Sequence[Lane],
         dropout: Callable[[int], Sequence[Dropout | None]] | None = None,
         gx: Array | None = None,
     ) -> None:
-        """Both passes over a whole batch, in micro-batches of ``work.rows`` rows whose gradients add up.
+        """Both passes over a whole batch, in micro-batches that the lanes take in turn and whose gradients add up.
 
-        ``dropout(first_row)`` gives the masks of a micro-batch. `_begin` has been called; an empty batch is one
-        empty pass.
+        The cost and the gradient are in the first lane then. ``dropout(first_row)`` gives the masks of a micro-batch.
+        `_begin` has been called; an empty batch is one empty pass.
         """
         from_z = self.fuses(loss)
-        for start in range(0, max(1, len(x)), work.rows):
-            rows = slice(start, min(start + work.rows, len(x)))
-            part = work.first(rows.stop - rows.start)
-            masks = self._no_dropout if dropout is None else dropout(start)
-            part.h[0] = self._input(x[rows])
-            self._forward(part, from_z, masks, state)
-            self._backward(
-                part, loss, from_z, masks, y[rows], None if sample_weight is None else sample_weight[rows],
-                gb, sink, start > 0, state, None if gx is None else gx[rows],
-            )  # fmt: skip
+        starts = range(0, max(1, len(x)), lanes[0].work.rows)
+        lanes = lanes[: len(starts)]
+
+        def work_through(i: int) -> None:
+            lane, mine = lanes[i], starts[i :: len(lanes)]
+            for start in mine:
+                rows = slice(start, min(start + lane.work.rows, len(x)))
+                part = lane.work.first(rows.stop - rows.start)
+                masks = self._no_dropout if dropout is None else dropout(start)
+                part.h[0] = self._input(x[rows])
+                self._forward(part, from_z, masks, lane.state)
+                self._backward(
+                    part, loss, from_z, masks, y[rows], None if sample_weight is None else sample_weight[rows],
+                    lane.gb, lane.sink, start > mine[0], lane.state, None if gx is None else gx[rows],
+                )  # fmt: skip
+
+        self._ops.side_by_side(work_through, [lane.state for lane in lanes], [lane.g for lane in lanes])
 
     # --- what it computes for a user ---
 
@@ -265,8 +267,9 @@ class MLP:
         self._refresh()
         self._begin(loss, y, w)
         work = Workspace(self._ops, self.sizes, self._f, self.fuses(loss), self._chunk_rows(len(x)))
+        lane = Lane(work, g.theta, g.biases, self._store(g.weights), self._state)
         with self._ops.tuned_for(self._largest_gemm(work.rows)):
-            self._differentiate(x, y, w, loss, work, g.biases, self._store(g.weights), self._state, gx=g.input)
+            self._differentiate(x, y, w, loss, [lane], gx=g.input)
         self._penalise(regularizer, g.theta)
         g = Gradients(self._like(x, g.theta), self.layout, self._like(x, g.input))
         return self._ops.read_state(self._state, Slot.COST), g

@@ -11,6 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -331,7 +332,8 @@ def minimise(
         "maxiter": max_iter,
         "maxfun": rule.max_eval,
     }
-    result = minimize(full, start, jac=True, method="L-BFGS-B", callback=callback, options=options)
+    with full.tuned():
+        result = minimize(full, start, jac=True, method="L-BFGS-B", callback=callback, options=options)
     full.put(result.x)
     return result
 
@@ -345,7 +347,12 @@ class _FullBatch:
         self._total = rows.total()
         self._constant = rows.constant(objective)
         self._x = rows.whole()
-        self._work = self._trainer._workspace(net._chunk_rows(len(rows)))
+        self._chunk = net._chunk_rows(len(rows))
+        self._lanes = self._trainer._lanes(self._chunk)
+
+    def tuned(self) -> AbstractContextManager[None]:
+        """A context for evaluations."""
+        return self._trainer._tuned(self._chunk)
 
     def put(self, theta: NDArray[np.float64]) -> None:
         """Make ``theta`` the network's, rounded to its type."""
@@ -358,9 +365,7 @@ class _FullBatch:
         net, ops, trainer, objective = self._net, self._net._ops, self._trainer, self._objective
         state = trainer._state
         ops.write_state(state, {Slot.COST: 0.0, Slot.TOTAL_WEIGHT: self._total / objective.gradient_factor})
-        net._differentiate(
-            self._x, self._rows.y, self._rows.weight, objective.loss, self._work, trainer._gb, trainer._sink, state
-        )
+        net._differentiate(self._x, self._rows.y, self._rows.weight, objective.loss, self._lanes)
         value, gradient = objective.penalty_value(self._total), objective.penalty(self._total)
         if value is not None and gradient is not None:
             ops.penalty(net._theta, trainer._penalised, value, state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
 from .shards import Piece
 from .streams import Stream
-from .workspace import Workspace
+from .workspace import Lane, Workspace
 
 ADVICE = "a lower learning rate or clip_norm helps in most cases"
 
@@ -93,7 +93,8 @@ class Trainer:
         self.epoch = 0  # epochs begun, over all fits
         self.rounds = 0  # steps begun, over all fits
         self.plateau = PlateauState()
-        self._work: Workspace | None = None
+        self._works: list[Workspace] = []
+        self._lanes_for: dict[int, list[Lane]] = {}  # by the rows of a batch
         self._handed: Single | None = None
         self._recipe: tuple[Any, ...] = ()
         self._check_full_batch()
@@ -114,11 +115,12 @@ class Trainer:
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss, look=False)
         self.net._refresh()
         feed = self._single(x, y, w)
-        with ops.tuned_for(self.net._largest_gemm(self._workspace(len(x)).rows)):
+        with self._tuned(len(x)):
             feed.put(x, y, w)
             self._step(feed, len(x), 0, self.schedule)
         if not ops.waits or self.rounds % LOOK_EVERY == 0:
             self._refuse_divergence(feed)
+        if self.rounds % LOOK_EVERY == 0:  # until then the next cost tells
             self._refuse_bad_weights()
         return ops.snapshot_state(self._state, Slot.COST)
 
@@ -141,7 +143,7 @@ class Trainer:
         net, ops, state = self.net, self.net._ops, self._state
         x, y, w = feed.fetch(rows, state)
         self._begin_cost(y, w)
-        net._differentiate(x, y, w, self.loss, self._workspace(rows), self._gb, self._sink, state, self._dropout)
+        net._differentiate(x, y, w, self.loss, self._lanes(rows), self._dropout)
         self._update()
         self._average()
         ops.finish_step(rows, state)
@@ -387,21 +389,49 @@ class Trainer:
         self._gb = net.layout.biases(self._g, first)
         self._sink = self._descend if self.apply_at_once else net._store(net.layout.weights(self._g))
 
-    def _workspace(self, rows: int) -> Workspace:
-        """The buffers for batches of up to ``rows`` rows, each cut into micro-batches; more if memory is short."""
-        given = self.accumulate
-        while self._work is None or self._work.rows < self._micro(rows):
-            self._work = None
+    def _lanes(self, rows: int) -> list[Lane]:
+        """What a batch of ``rows`` rows is worked through with; in more micro-batches if memory is short."""
+        if rows not in self._lanes_for:
+            self._lanes_for[rows] = self._make_lanes(rows)
+        return self._lanes_for[rows]
+
+    def _tuned(self, rows: int) -> AbstractContextManager[None]:
+        """A context for steps on batches of ``rows`` rows."""
+        lanes = self._lanes(rows)
+        return self.net._ops.tuned_for(self.net._largest_gemm(lanes[0].work.rows), len(lanes))
+
+    def _make_lanes(self, rows: int) -> list[Lane]:
+        net, given = self.net, self.accumulate
+        count, micro = self._cut(rows)
+        while len(self._works) < count or self._works[0].rows < micro:
+            self._forget_lanes()
             self._recorder.clear()
-            self._work = self._room_for(self._micro(rows))
-            if self._work is None:
+            works = [self._room_for(micro) for _ in range(count)]
+            if None in works:
                 self._cut_smaller(rows)
+                count, micro = self._cut(rows)
+            else:
+                self._works = cast("list[Workspace]", works)
         if self.accumulate != given:
             say_once(
                 f"a step of {rows} rows does not fit the device's memory; it is cut into {self.accumulate} "
                 f"micro-batches, which give the same update ({self.plan(rows).summary()})"
             )
-        return self._work.first(self._micro(rows))
+        if count > 1 and self.apply_at_once:
+            self._store_gradient()
+        lanes = [Lane(self._works[0].first(micro), self._g, self._gb, self._sink, self._state)]
+        for work in self._works[1:count]:
+            g = net._ops.zeros(net.layout.size, net._precision.master_dtype)
+            sink = net._store(net.layout.weights(g))
+            lanes.append(Lane(work.first(micro), g, net.layout.biases(g), sink, net._new_state()))
+        return lanes
+
+    def _cut(self, rows: int) -> tuple[int, int]:
+        """How many lanes a batch of ``rows`` rows is dealt out to, and the rows of a micro-batch."""
+        micro = -(-max(1, rows) // self.accumulate)
+        if self.apply_at_once and not self._may_store:
+            return 1, micro
+        return self.net._ops.lanes(micro, self.net.sizes)
 
     def _room_for(self, rows: int) -> Workspace | None:
         """The buffers of a micro-batch, or None where there is no memory for them."""
@@ -411,30 +441,35 @@ class Trainer:
         except net._ops.out_of_memory:
             return None  # and with the error goes what had been allocated
 
-    def _micro(self, rows: int) -> int:
-        """The rows of a micro-batch."""
-        return -(-max(1, rows) // self.accumulate)
-
     def _cut_smaller(self, rows: int) -> None:
         """Twice as many micro-batches; MemoryError where that is not possible."""
         plan = self.plan(rows)
-        if self._micro(rows) == 1 or (self.apply_at_once and not self._may_store):
+        if self._cut(rows)[1] == 1 or (self.apply_at_once and not self._may_store):
             raise MemoryError(f"a step of {rows} rows does not fit the device's memory: {plan.summary()}") from None
-        if self.apply_at_once:  # micro-batches need a gradient to add up in
-            self.apply_at_once = False
+        if self.apply_at_once:
             try:
-                self._allocate_gradient()
+                self._store_gradient()
             except self.net._ops.out_of_memory:
                 raise MemoryError(f"the gradient does not fit the device's memory: {plan.summary()}") from None
         self.accumulate *= 2
+
+    def _store_gradient(self) -> None:
+        """Apply no layer's gradient at once any more: micro-batches need one to add up in."""
+        self.apply_at_once = False
+        self._allocate_gradient()
 
     def _cut_as(self, accumulate: int, apply_at_once: bool) -> None:
         """Cut batches into so many micro-batches, as another trainer of the same recipe has come to do."""
         if apply_at_once != self.apply_at_once:
             self.apply_at_once = apply_at_once
             self._allocate_gradient()
-        self.accumulate, self._work = accumulate, None
+        self.accumulate = accumulate
+        self._forget_lanes()
         self._recorder.clear()
+
+    def _forget_lanes(self) -> None:
+        self._works = []
+        self._lanes_for.clear()
 
     def plan(self, batch_size: int) -> Plan:
         """What a step on ``batch_size`` rows needs of the device's memory, the data set apart."""
@@ -496,7 +531,7 @@ class Trainer:
         ops.begin_step(0.0, round, cursor, state)
         x, y, w = feed.fetch(rows, state)
         self._begin_cost(y, w)
-        work = work or self._workspace(rows)
+        work = work or self._lanes(rows)[0].work
         for start in range(0, rows, work.rows):
             part = work.first(min(work.rows, rows - start))
             part.h[0] = net._input(x[start : start + part.rows])

@@ -5,10 +5,13 @@ Leans on the operations for memory and on the activation table for what f′ rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .activations import Activation
 from .ops.interface import Array, Operations
+
+Sink = Callable[[int, Array, Array, bool], None]  # layer, gz, h, accumulate
 
 
 class Workspace:
@@ -48,3 +51,18 @@ class Workspace:
             short.z = [z if z is None else z[:rows] for z in self.z]
             self._short[rows] = short
         return self._short[rows]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What micro-batches are worked through with, one after the other: their buffers, and what they add up in.
+
+    ``g`` is the flat gradient that ``gb`` and whatever ``sink`` writes to are views of; COST and what a pass reads are
+    in ``state``. Several lanes run side by side.
+    """
+
+    work: Workspace
+    g: Array
+    gb: Sequence[Array]
+    sink: Sink
+    state: Array

@@ -1,9 +1,10 @@
-"""Picks the implementation of the operations for a device: NumPy on the CPU, CuPy on an NVIDIA GPU."""
+"""Picks the implementation of the operations for a device: NumPy on the CPU, with Numba where it is; CuPy on a GPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 
 from .. import checks
 from ..precision import Precision
@@ -25,11 +26,24 @@ def make(device: str, precision: Precision) -> Operations:
         from .cuda_ops import CudaOperations
 
         return CudaOperations(precision)
-    from .numpy_ops import NumpyOperations
-
     if device == "auto":
         _LOG.info("device: cpu (%s)", obstacle)
-    return NumpyOperations(precision)
+    if precision.has_shadow or numba_obstacle():
+        from .numpy_ops import NumpyOperations
+
+        return NumpyOperations(precision)
+    from .numba_ops import NumbaOperations
+
+    return NumbaOperations(precision)
+
+
+def numba_obstacle() -> str:
+    """Why the passes of the CPU are not compiled; an empty string where they are."""
+    if os.environ.get("GPU_MLP_NUMBA", "1") == "0":
+        return "GPU_MLP_NUMBA is 0"
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed (pip install 'gpu-mlp[cpu]')"
+    return ""
 
 
 def cuda_obstacle() -> str:

@@ -8,7 +8,7 @@ they are first needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -121,8 +121,22 @@ class CudaOperations(Operations):
     def snapshot_state(self, state: Array, slot: Slot) -> Any:
         return state[slot].copy()
 
-    def tuned_for(self, flop: int) -> AbstractContextManager[None]:
+    def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
+        return 1, rows  # every kernel fills the device by itself
+
+    def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
+        for state in states[1:]:
+            self.copy(states[0], state)
+            self.write_state(state, {Slot.COST: 0.0})
+        for i, (state, gradient) in enumerate(zip(states, g)):
+            work(i)
+            if i:
+                gradient_of_first, cost = g[0], slice(Slot.COST, Slot.COST + 1)
+                gradient_of_first += gradient
+                states[0][cost] += state[cost]
 
     def gather(
         self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0

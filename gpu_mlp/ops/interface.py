@@ -208,8 +208,26 @@ class Operations(abc.ABC):
         """A number of the state as it stands now in the queue of work; ``float()`` of it waits."""
 
     @abc.abstractmethod
-    def tuned_for(self, flop: int) -> AbstractContextManager[None]:
-        """A context for passes whose largest GEMM has ``flop`` operations; an implementation may prepare for them."""
+    def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
+        """How a batch of ``rows`` goes through layers of these ``sizes`` fastest: (lanes, rows of a micro-batch).
+
+        Each lane works through micro-batches of its own, beside the others where there is more than one.
+        """
+
+    @abc.abstractmethod
+    def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
+        """A context for passes in so many lanes whose largest GEMM has ``flop`` operations.
+
+        An implementation may prepare for them; it changes no result but by rounding.
+        """
+
+    @abc.abstractmethod
+    def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
+        """work(i) for every lane i, then g[0] += Σ g[i] and COST of states[0] += Σ COST, over the other lanes in turn.
+
+        Every lane begins with the first one's state, and the others with a COST of 0. work(i) writes to g[i] and
+        states[i], and to nothing of another lane's. states: one a lane; g: one a lane, (n,) each.
+        """
 
     @abc.abstractmethod
     def gather(

@@ -8,9 +8,10 @@ GEMMs multiply float32 copies.
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,13 @@ BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 5
 FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
 LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `sharing` does
+PART_ELEMENTS = 400_000  # of a pass that is worth another thread
+LANE_FLOP = 50_000_000  # of a step's GEMMs that are worth another lane
+HEAD_START_FLOP = 10_000_000  # that a thread is through with before it has woken another
+ROW_MULTIPLE = 8  # of rows, that BLAS kernels take at once
+LANE_ROWS = 32  # of a micro-batch, at least: below them a GEMM is slow
+LANE_ELEMENTS = 1 << 18  # of all h of a micro-batch
+MOST_WEIGHTS_A_ROW = 8192  # beyond them adding up the lanes' gradients costs more than the lanes gain
 
 
 class NumpyOperations(Operations):
@@ -46,6 +54,7 @@ class NumpyOperations(Operations):
         self._compute = precision.master_dtype
         self._scratch = _ScratchPool(self._compute)
         self._threads = 1  # that a GEMM is shared out among
+        self._beside = 1  # that a long pass is shared out among
 
     # --- arrays ---
 
@@ -96,12 +105,38 @@ class NumpyOperations(Operations):
     def snapshot_state(self, state: Array, slot: Slot) -> float:
         return float(state[slot])
 
-    def tuned_for(self, flop: int) -> AbstractContextManager[None]:
+    def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
+        weights = sum(n_in * n_out for n_in, n_out in zip(sizes, sizes[1:]))
+        most = _blas_threads() if self._storage == self._compute else 1
+        lanes = min(most, 6 * rows * weights // LANE_FLOP, rows // LANE_ROWS)
+        if lanes < 2 or weights > MOST_WEIGHTS_A_ROW * rows:
+            return 1, rows
+        in_cache = max(LANE_ROWS, LANE_ELEMENTS // sum(sizes[1:]))
+        if in_cache * lanes < rows:
+            return lanes, in_cache
+        head_start = HEAD_START_FLOP // (6 * weights)  # of the calling thread, whose part the others need not wake for
+        part = -(-(rows + head_start) // (ROW_MULTIPLE * lanes)) * ROW_MULTIPLE
+        return lanes, min(part, rows)
+
+    def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
+        threads = _blas_threads()
+        if lanes > 1:
+            return _quiet(_one_blas_thread(), self._sharing_passes(lanes))
         if flop < SMALL_GEMM:
             return _quiet(_one_blas_thread())
-        # the fewest of NumPy's BLAS and any other: 1 where a user, or a context around this one, wants that
-        threads = min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
-        return _quiet(self._shared_out(threads) if threads > 1 and flop < LARGE_GEMM else nullcontext())
+        if threads > 1 and flop < LARGE_GEMM:
+            return _quiet(_one_blas_thread(), self._sharing_products(threads))
+        return _quiet(self._sharing_passes(threads))
+
+    def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
+        for state in states[1:]:
+            state[...] = states[0]
+            state[Slot.COST] = 0.0
+        with self._sharing_passes(1):  # a lane is a thread's own
+            sharing.for_each(range(len(states)), work, len(states))
+        for state, gradient in zip(states[1:], g[1:]):
+            states[0][Slot.COST] += state[Slot.COST]
+            self._add(gradient, g[0])
 
     def gather(
         self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
@@ -111,7 +146,9 @@ class NumpyOperations(Operations):
         if rows is not None:
             rows = rows[first : first + len(out)]
             if source.dtype == out.dtype and source.flags.c_contiguous and not scaled:
-                np.take(source, rows, axis=0, out=out, mode="clip")  # it would first copy all of another order
+                self._share(  # it would first copy all of another order
+                    out.shape, lambda part: np.take(source, rows[part], axis=0, out=out[part], mode="clip")
+                )
                 return
         for block in _row_blocks(len(out), source[0:1].size):
             part = source[slice(first + block.start, first + block.stop) if rows is None else rows[block]]
@@ -130,6 +167,10 @@ class NumpyOperations(Operations):
         dropout: Dropout | None,
         state: Array,
     ) -> None:
+        if self._threads < 2:
+            self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
+            return
+
         def work(rows: slice) -> None:
             part = None if z is None else z[rows]
             self._affine_activation(h_in[rows], W, b, f, h[rows], part, dropout, rows.start, state)
@@ -150,6 +191,20 @@ class NumpyOperations(Operations):
     ) -> None:
         """Some rows of it, the first of which is row ``first`` of the micro-batch."""
         product = self._matmul(h_in, W.T, h if z is None else z)
+        self._finish_layer(product, b, f, h, z, dropout, first, state)
+
+    def _finish_layer(
+        self,
+        product: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        state: Array,
+    ) -> None:
+        """z and h from h_in Wᵀ, which is in ``product``: z, or h where no z is kept, or an array of its own."""
         for block in _row_blocks(*h.shape):
             zb = product[block]
             np.add(zb, b, out=zb)
@@ -225,6 +280,9 @@ class NumpyOperations(Operations):
         accumulate: bool,
         state: Array,
     ) -> None:
+        if self._threads < 2:
+            self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)
+            return
         parts = sharing.row_parts(len(gz), 2 * len(gz) * W.size, self._threads)
         sums = [gb, *(None if gb is None else np.empty_like(gb) for _ in parts[1:])]
 
@@ -259,6 +317,21 @@ class NumpyOperations(Operations):
             if gh is not gz_in:
                 gz_in[...] = gh
             return
+        self._through_layer(gh, f, saved, dropout, first, gz_in, gb, accumulate, state)
+
+    def _through_layer(
+        self,
+        gh: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        """gz and gb from gh, which is in ``gz_in``, or in an array of its own."""
         sums = _ColumnSums(self, gb, accumulate)
         for block in _row_blocks(*gz_in.shape):
             g = gh[block]
@@ -267,7 +340,7 @@ class NumpyOperations(Operations):
             if saved is not None:
                 s = self._widen(0, saved[block])
                 if dropout is not None and f.reads == "h":  # h was divided by keep; where it was dropped, g is 0
-                    s = np.multiply(s, _keep(dropout), out=self._scratch.wide(0, g.shape))
+                    s = np.multiply(s, keep_probability(dropout), out=self._scratch.wide(0, g.shape))
                 f.df(g, s, self._scratch(g.shape))
             sums.add(g)
             if gh is not gz_in:
@@ -291,14 +364,10 @@ class NumpyOperations(Operations):
         state: Array,
     ) -> None:
         gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape), self._threads)
-        theta, g = W.reshape(-1), gW.reshape(-1)
         if not _applies(state):
             return
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), 1)
-        for block in _blocks(0, theta.size):
-            s = self._scratch(block.stop - block.start)
-            _add_penalty_gradient(theta[block], regularizer, g[block], s.a)
-            optimizer.rule(theta[block], g[block], (), c, (s.a, s.b))
+        self._apply(W.reshape(-1), gW.reshape(-1), (), optimizer, c, regularizer, 1.0, 1.0)
         if shadow is not None:
             shadow[...] = W
 
@@ -306,7 +375,7 @@ class NumpyOperations(Operations):
 
     def penalty(self, theta: Array, n: int, regularizer: ElasticNet, state: Array) -> None:
         total = 0.0
-        for block in _blocks(0, n):
+        for block in _blocks(n):
             part = theta[block]
             if regularizer.l2:
                 total += 0.5 * regularizer.l2 * float(np.dot(part, part))
@@ -315,14 +384,17 @@ class NumpyOperations(Operations):
         state[Slot.COST] += total
 
     def add_penalty_gradient(self, theta: Array, n: int, regularizer: ElasticNet, g: Array) -> None:
-        for block in _blocks(0, n):
+        for block in _blocks(n):
             _add_penalty_gradient(theta[block], regularizer, g[block], self._scratch(block.stop - block.start).a)
 
     def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
         total = 0.0
-        for block, covered in _update_blocks(0, theta.size, n):
-            gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state)
-            total += float(np.dot(gb, gb))
+        scale = float(state[Slot.LOSS_SCALE])
+        for part, penalty in _penalised_parts(0, theta.size, n, regularizer):
+            t, gp = theta[part], g[part]
+            for block in _blocks(t.size):
+                gb = self._effective_gradient(t[block], gp[block], penalty, scale)
+                total += float(np.dot(gb, gb))
         state[Slot.GRADIENT_NORM] = np.sqrt(total)
 
     def update(
@@ -340,17 +412,15 @@ class NumpyOperations(Operations):
     ) -> None:
         if not _applies(state):
             return
-        norm = float(state[Slot.GRADIENT_NORM])
+        norm, scale = float(state[Slot.GRADIENT_NORM]), float(state[Slot.LOSS_SCALE])
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + CLIP_EPS))
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), int(state[Slot.STEP]) + 1)
         first = 0
         if isinstance(optimizer, Muon):
             self._update_matrices(theta, g, moments, optimizer, layout, regularizer, clip, c[0], state)
             first = layout.n_weights
-        for block, covered in _update_blocks(first, theta.size, n):
-            s = self._scratch(block.stop - block.start)
-            gb = self._effective_gradient(theta, g, block, regularizer if covered else None, state, clip)
-            optimizer.rule(theta[block], gb, [m[block] for m in moments], c, (s.a, s.b))
+        for part, penalty in _penalised_parts(first, theta.size, n, regularizer):
+            self._apply(theta[part], g[part], [m[part] for m in moments], optimizer, c, penalty, scale, clip)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
 
@@ -358,7 +428,7 @@ class NumpyOperations(Operations):
         if not _applies(state):
             return
         share = 1 - rule.decay_at(int(state[Slot.STEP]) + 1)
-        for block in _blocks(0, theta.size):
+        for block in _blocks(theta.size):
             if share == 1:
                 averaged[block] = theta[block]
                 continue
@@ -385,14 +455,40 @@ class NumpyOperations(Operations):
     # --- inside ---
 
     @contextmanager
-    def _shared_out(self, threads: int) -> Iterator[None]:
-        """Share every GEMM out among ``threads`` threads, each with one of BLAS's own."""
-        with _one_blas_thread():
-            self._threads = threads
-            try:
-                yield
-            finally:
-                self._threads = 1
+    def _sharing_products(self, threads: int) -> Iterator[None]:
+        """Share every GEMM out among ``threads`` threads."""
+        before, self._threads = self._threads, threads
+        try:
+            yield
+        finally:
+            self._threads = before
+
+    @contextmanager
+    def _sharing_passes(self, threads: int) -> Iterator[None]:
+        """Share the long passes out among ``threads`` threads."""
+        before, self._beside = self._beside, threads
+        try:
+            yield
+        finally:
+            self._beside = before
+
+    def _parts(self, shape: Sequence[int]) -> list[slice]:
+        """The rows of a pass in parts, one a thread, where it is long enough."""
+        threads = min(self._beside, math.prod(shape) // PART_ELEMENTS)
+        step = max(1, -(-shape[0] // max(1, threads)))
+        return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+    def _share(self, shape: Sequence[int], work: Callable[[slice], object]) -> None:
+        """Call ``work(rows)`` for the parts of a pass."""
+        if self._beside < 2:
+            work(slice(0, shape[0]))
+            return
+        parts = self._parts(shape)
+        sharing.for_each(parts, work, len(parts))
+
+    def _add(self, g: Array, out: Array) -> None:
+        """out ← out + g, both flat."""
+        self._share(g.shape, lambda part: np.add(out[part], g[part], out=out[part]))
 
     def _move_loss_scale(self, finite: bool, state: Array) -> None:
         state[Slot.GOOD_STEPS] = state[Slot.GOOD_STEPS] + 1 if finite else 0
@@ -406,7 +502,7 @@ class NumpyOperations(Operations):
     def _matmul(self, a: Array, b: Array, out: Array, threads: int = 1) -> Array:
         """a b in ``out``, or in a new float32 array where ``out`` or a factor is of a 16-bit type."""
         if a.dtype == b.dtype == out.dtype == self._compute:
-            return sharing.matmul(a, b, out, threads)
+            return np.matmul(a, b, out=out) if threads < 2 else sharing.matmul(a, b, out, threads)
         product = np.matmul(a.astype(self._compute), b.astype(self._compute))
         if out.dtype == self._compute:
             out[...] = product
@@ -432,23 +528,39 @@ class NumpyOperations(Operations):
         bits = philox.bits(dropout.seed, dropout.layer, int(state[Slot.ROUND]), rows, block.shape)
         kept = np.less(bits, threshold, out=self._scratch(block.shape).mask)
         np.multiply(block, kept, out=block)
-        np.multiply(block, 1 / _keep(dropout), out=block)
+        np.multiply(block, 1 / keep_probability(dropout), out=block)
 
     def _effective_gradient(
-        self, theta: Array, g: Array, block: slice, regularizer: ElasticNet | None, state: Array, clip: float = 1.0
+        self, theta: Array, g: Array, penalty: ElasticNet | None, scale: float, clip: float = 1.0
     ) -> Array:
-        """clip · (g / LOSS_SCALE + λ∇Ω) of one block, in scratch."""
-        out = self._scratch.wide(0, block.stop - block.start)
-        scale = float(state[Slot.LOSS_SCALE])
-        if scale == 1 and regularizer is not None and not regularizer.l1:  # the usual case, in a pass less
-            np.multiply(theta[block], regularizer.l2, out=out)
-            np.add(g[block], out, out=out)
+        """clip · (g / scale + λ∇Ω(θ)) of one block, in scratch."""
+        out = self._scratch.wide(0, theta.size)
+        if scale == 1 and penalty is not None and not penalty.l1:  # the usual case, in a pass less
+            np.multiply(theta, penalty.l2, out=out)
+            np.add(g, out, out=out)
         else:
-            np.multiply(g[block], 1 / scale, out=out)
-            _add_penalty_gradient(theta[block], regularizer, out, self._scratch(out.shape).a)
+            np.multiply(g, 1 / scale, out=out)
+            _add_penalty_gradient(theta, penalty, out, self._scratch(out.shape).a)
         if clip != 1.0:
             np.multiply(out, clip, out=out)
         return out
+
+    def _apply(
+        self,
+        theta: Array,
+        g: Array,
+        moments: Sequence[Array],
+        optimizer: Optimizer,
+        c: Sequence[float],
+        penalty: ElasticNet | None,
+        scale: float,
+        clip: float,
+    ) -> None:
+        """The rule, with the coefficients ``c``, on clip · (g / scale + λ∇Ω(θ)): flat arrays of one length."""
+        for block in _blocks(theta.size):
+            s = self._scratch(block.stop - block.start)
+            gb = self._effective_gradient(theta[block], g[block], penalty, scale, clip)
+            optimizer.rule(theta[block], gb, [m[block] for m in moments], tuple(c), (s.a, s.b))
 
     def _update_matrices(
         self,
@@ -552,9 +664,11 @@ class _ColumnSums:
 
 
 @contextmanager
-def _quiet(inner: AbstractContextManager[None]) -> Iterator[None]:
-    """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside another context."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"), inner:
+def _quiet(*inner: AbstractContextManager[None]) -> Iterator[None]:
+    """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside other contexts."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"), ExitStack() as stack:
+        for context in inner:
+            stack.enter_context(context)
         yield
 
 
@@ -568,14 +682,30 @@ def _one_blas_thread() -> Iterator[None]:
     On a busy machine the threads of a small GEMM wait for each other for whole time slices of the scheduler: a product
     of 0.1 ms was seen to take 24 ms.
     """
+    global _before_the_limit
     if not _ONE_BLAS_THREAD.acquire(blocking=False):
         yield  # limited already, by this thread or another
         return
     try:
+        _before_the_limit = _blas_threads()
         with _blas().limit(limits=1, user_api="blas"):
             yield
     finally:
+        _before_the_limit = None
         _ONE_BLAS_THREAD.release()
+
+
+_before_the_limit: int | None = None
+
+
+def _blas_threads() -> int:
+    """The threads that a GEMM may have, were it not for a limit of ours: the fewest of NumPy's BLAS and any other.
+
+    1 where a user, or a context around this one, wants that.
+    """
+    if _before_the_limit is not None:
+        return _before_the_limit
+    return min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
 
 
 @functools.cache
@@ -594,14 +724,14 @@ def _ones(n: int, dtype: np.dtype) -> Array:
     return _ONES[dtype][:n]
 
 
-def _keep(dropout: Dropout) -> float:
+def keep_probability(dropout: Dropout) -> float:
     """The exact probability with which the mask keeps an entry."""
     return philox.keep_threshold(dropout.rate) / philox.LEVELS
 
 
-def _blocks(first: int, last: int) -> Iterator[slice]:
-    for start in range(first, last, FLAT_BLOCK):
-        yield slice(start, min(start + FLAT_BLOCK, last))
+def _blocks(n: int) -> Iterator[slice]:
+    for start in range(0, n, FLAT_BLOCK):
+        yield slice(start, min(start + FLAT_BLOCK, n))
 
 
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -610,12 +740,15 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _update_blocks(first: int, last: int, n: int) -> Iterator[tuple[slice, bool]]:
-    """Blocks of first … last, each with whether it lies in the prefix of length ``n`` that the regularizer covers."""
-    for block in _blocks(first, max(first, n)):
-        yield block, True
-    for block in _blocks(max(first, n), last):
-        yield block, False
+def _penalised_parts(
+    first: int, last: int, n: int, regularizer: ElasticNet | None
+) -> Iterator[tuple[slice, ElasticNet | None]]:
+    """first … last in two: what of it lies in the prefix of length ``n`` that the regularizer covers, and the rest."""
+    middle = max(first, n)
+    if first < middle:
+        yield slice(first, middle), regularizer
+    if middle < last:
+        yield slice(middle, last), None
 
 
 def _applies(state: Array) -> bool:

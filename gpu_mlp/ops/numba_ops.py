@@ -1,0 +1,172 @@
+"""The NumPy operations with the passes that take the time compiled: one read and one write where NumPy makes several.
+
+Leans on `numpy_ops`, whose passes it takes the place of, on `numba_kernels` and on `sharing`. What has no kernel, by
+its activation, loss, rule or type, is the reference's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..activations import Activation
+from ..losses import NLL, CrossEntropy, Loss
+from ..optimizers import SGD, Adam, Optimizer
+from ..regularizers import ElasticNet
+from . import numba_kernels as kernels
+from . import philox, sharing
+from .interface import Dropout, Slot
+from .numpy_ops import Array, NumpyOperations, keep_probability
+
+EVEN_WEIGHTS = np.empty(0)
+
+
+class NumbaOperations(NumpyOperations):
+    """`NumpyOperations` with compiled passes; the types that it stores in are those that it computes in."""
+
+    def _finish_layer(
+        self,
+        product: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        state: Array,
+    ) -> None:
+        finish = self._finisher(f)
+        if finish is None or (z is None) == (f.reads == "z"):  # z is kept where f′ reads it, and only there
+            super()._finish_layer(product, b, f, h, z, dropout, first, state)
+            return
+
+        def work(rows: slice) -> None:
+            finish(product[rows], b, h[rows])
+            if dropout is not None:
+                self._drop(h[rows], dropout, first + rows.start, state)
+
+        self._share(h.shape, work)
+
+    def _finisher(self, f: Activation) -> Callable[[Array, Array, Array], None] | None:
+        """The kernel that adds b and applies f."""
+        if f.name == "identity":
+            return lambda z, b, h: kernels.bias(z, b)
+        if f.name == "relu":
+            return lambda z, b, h: kernels.bias_relu(z, b)
+        if f.name == "gelu" and self._compute == np.float32:
+            return kernels.bias_gelu
+        return None
+
+    def _through_layer(
+        self,
+        gh: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        first: int,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        through = self._gradient(f)
+        if through is None or gb is None:
+            super()._through_layer(gh, f, saved, dropout, first, gz_in, gb, accumulate, state)
+            return
+        read = gz_in if saved is None else saved  # identity's reads nothing
+        if not accumulate:
+            gb[...] = 0
+
+        def work(rows: slice) -> None:
+            if f.name == "relu":  # where h was dropped it is 0, and g will be: no mask to draw again
+                keep = 1.0 if dropout is None else keep_probability(dropout)
+                kernels.relu_gradient(gz_in[rows], read[rows], gz_in.dtype.type(1 / keep), sums[rows.start])
+                return
+            if dropout is not None:
+                self._drop(gz_in[rows], dropout, first + rows.start, state)
+            through(gz_in[rows], read[rows], sums[rows.start])
+
+        parts = self._parts(gz_in.shape)
+        sums = {rows.start: np.zeros_like(gb) if i else gb for i, rows in enumerate(parts)}
+        sharing.for_each(parts, work, len(parts))
+        for part in list(sums.values())[1:]:
+            np.add(gb, part, out=gb)
+
+    def _gradient(self, f: Activation) -> Callable[[Array, Array, Array], None] | None:
+        """The kernel that takes gh to gz and adds up its columns. A relu that was dropped has a g of 0 already."""
+        if f.name == "identity":
+            return lambda g, h, gb: kernels.column_sums(g, gb)
+        if f.name == "relu":
+            return kernels.relu_gradient
+        if f.name == "gelu" and self._compute == np.float32:
+            return kernels.gelu_gradient
+        return None
+
+    def loss_and_gradient(
+        self,
+        loss: Loss,
+        f: Activation,
+        from_z: bool,
+        h: Array,
+        z: Array | None,
+        y: Array,
+        sample_weight: Array | None,
+        gz: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        labels = y.ndim == 1 and from_z and h.dtype == np.float32
+        if not labels or not isinstance(loss, (CrossEntropy, NLL)) or loss.class_weight is not None:
+            super().loss_and_gradient(loss, f, from_z, h, z, y, sample_weight, gz, gb, accumulate, state)
+            return
+        total = float(state[Slot.TOTAL_WEIGHT])
+        share, scale = 1 / total if total else 0.0, float(state[Slot.LOSS_SCALE])
+        sums = np.empty(h.shape[1], h.dtype) if gb is None else gb
+        if gb is None or not accumulate:
+            sums[...] = 0
+        weights = EVEN_WEIGHTS if sample_weight is None else sample_weight
+        state[Slot.COST] += kernels.softmax_cross_entropy(
+            h, y, weights, float(loss.label_smoothing), float(loss.clip), share, scale, gz, sums
+        )
+
+    def _apply(
+        self,
+        theta: Array,
+        g: Array,
+        moments: Sequence[Array],
+        optimizer: Optimizer,
+        c: Sequence[float],
+        penalty: ElasticNet | None,
+        scale: float,
+        clip: float,
+    ) -> None:
+        l1, l2 = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
+        numbers: tuple[float, ...]
+        if type(optimizer) is SGD and optimizer.plain:
+            rule, numbers = kernels.sgd, (l1, l2, 1 / scale, clip, c[0], optimizer.weight_decay)
+        elif isinstance(optimizer, Adam) and not optimizer.amsgrad:
+            lr, step_size, eps = c
+            decay = 0.0 if optimizer.decoupled else optimizer.weight_decay
+            shrink = 1 - lr * optimizer.weight_decay if optimizer.decoupled else 1.0
+            rule, numbers = kernels.adam, (l1, l2, 1 / scale, clip, decay, shrink, *optimizer.betas, step_size, eps)
+        else:
+            super()._apply(theta, g, moments, optimizer, c, penalty, scale, clip)
+            return
+        rounded = [theta.dtype.type(number) for number in numbers]
+        self._share(
+            theta.shape, lambda part: rule(theta[part], g[part], *(moment[part] for moment in moments), *rounded)
+        )
+
+    # --- inside ---
+
+    def _drop(self, block: Array, dropout: Dropout, start: int, state: Array) -> None:
+        """Drop entries of a block that begins at row ``start`` of the micro-batch, and divide the rest by keep."""
+        round_ = int(state[Slot.ROUND])
+        words = (dropout.seed & 0xFFFFFFFF, dropout.seed >> 32, dropout.layer + ((round_ >> 32) << 16))
+        k0, k1, layer = map(np.uint64, words)
+        kernels.mask(
+            block, np.uint32(philox.keep_threshold(dropout.rate)), block.dtype.type(1 / keep_probability(dropout)),
+            k0, k1, layer, np.uint64(round_ & 0xFFFFFFFF), np.uint64(dropout.first_row + start),
+        )  # fmt: skip

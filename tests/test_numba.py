@@ -1,0 +1,229 @@
+"""The compiled passes of the CPU: their formulas to the last digits, the same bits however the work is cut, and lanes.
+
+What each operation computes is compared in `test_operations.py`, row "numba".
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import threadpoolctl
+from scipy.special import ndtr
+
+from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Trainer, ops, precision
+from gpu_mlp.ops import numba_kernels, numpy_ops, philox
+from gpu_mlp.ops.interface import Dropout, Slot
+from gpu_mlp.ops.numba_kernels import exp_of_negative, kernel, normal_tail
+from gpu_mlp.ops.numba_ops import NumbaOperations
+from gpu_mlp.ops.numpy_ops import NumpyOperations
+
+
+@kernel
+def exp_each(x, out):
+    for i in range(x.size):
+        out[i] = exp_of_negative(x[i])
+
+
+@kernel
+def tail_each(a, out):
+    for i in range(a.size):
+        out[i] = normal_tail(a[i], exp_of_negative(np.float32(-0.5) * a[i] * a[i]))
+
+
+def test_exp_is_right_to_one_and_a_half_units_in_the_last_place():
+    x = -np.linspace(0, 86.99, 1_000_003).astype(np.float32)
+    found, expected = np.empty_like(x), np.exp(x.astype(np.float64))
+    exp_each(x, found)
+    assert np.max(np.abs(found - expected) / np.spacing(expected.astype(np.float32))) < 1.5
+
+
+def test_exp_at_the_ends():
+    x = np.array([0, -0.0, -1e-30, -87.5, -1e4, -np.inf, np.nan], np.float32)
+    found = np.empty_like(x)
+    exp_each(x, found)
+    np.testing.assert_array_equal(found, np.array([1, 1, 1, 0, 0, 0, np.nan], np.float32))
+
+
+def test_the_normal_tail_keeps_its_digits():
+    """Relative to itself: 1 − erf loses every digit beyond a = 5. The rounding of a² is a² / 2 units in the last place
+    of the exponential; beside it, four units."""
+    a = np.linspace(0, 13, 1_000_003).astype(np.float32)
+    found, expected = np.empty_like(a), ndtr(-a.astype(np.float64))
+    tail_each(a, found)
+    error = np.abs(found / expected - 1)
+    assert np.max(error / (1 + a.astype(np.float64) ** 2)) < 2.0**-21
+
+
+def test_a_column_has_the_same_bits_in_every_place_of_a_vector():
+    """A column at the end of a row takes the scalar loop, one in the middle a vector: contraction must not tell."""
+    rng = np.random.default_rng(0)
+    column = rng.normal(size=(70, 1)).astype(np.float32) * 3
+    g = rng.normal(size=(70, 1)).astype(np.float32)
+    results = set()
+    for width in range(1, 40):
+        z, gz = np.repeat(column, width, axis=1), np.repeat(g, width, axis=1)
+        h, b, gb = np.empty_like(z), np.full(width, 0.25, np.float32), np.zeros(width, np.float32)
+        numba_kernels.bias_gelu(z, b, h)
+        numba_kernels.gelu_gradient(gz, z, gb)
+        for j in range(width):
+            results.add((z[:, j].tobytes(), h[:, j].tobytes(), gz[:, j].tobytes(), gb[j].tobytes()))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("rule", [Adam(weight_decay=0.1), AdamW(), SGD(lr=0.1, weight_decay=0.1)], ids=repr)
+def test_an_update_has_the_same_bits_wherever_it_is_cut(rule):
+    rng, work = np.random.default_rng(0), NumbaOperations(precision.get("float32"))
+    theta, g = (rng.normal(size=3001).astype(np.float32) for _ in range(2))
+    moments = [np.abs(rng.normal(size=3001)).astype(np.float32) for _ in rule.moments]
+    results = set()
+    for cut in (0, 1, 7, 1500, 2999, 3001):
+        t, m = theta.copy(), [moment.copy() for moment in moments]
+        for part in (slice(0, cut), slice(cut, 3001)):
+            c = rule.coefficients(0.01, 3)
+            work._apply(t[part], g[part], [moment[part] for moment in m], rule, c, L2(0.1), 4.0, 0.5)
+        results.add((t.tobytes(), *(moment.tobytes() for moment in m)))
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize(("seed", "round_"), [(7, 5), (2**63 + 11, 2**33 + 3)])
+def test_dropout_draws_what_philox_draws(columns, seed, round_):
+    work = NumbaOperations(precision.get("float32"))
+    state = work.zeros(len(Slot), np.float64)
+    work.write_state(state, {Slot.ROUND: round_})
+    h, dropout = np.ones((33, columns), np.float32), Dropout(0.3, seed, 2, 1000)
+    work._drop(h, dropout, 17, state)
+    kept = philox.bits(seed, 2, round_, 1017, h.shape) < philox.keep_threshold(0.3)
+    np.testing.assert_array_equal(h != 0, kept)
+    assert set(np.unique(h)) <= {np.float32(0), np.float32(1 / numpy_ops.keep_probability(dropout))}
+
+
+# --- which implementation ---------------------------------------------------------------------------------------
+
+
+def test_numba_is_chosen_where_it_computes_in_what_it_stores(monkeypatch):
+    assert isinstance(ops.make("cpu", precision.get("float32")), NumbaOperations)
+    assert isinstance(ops.make("cpu", precision.get("float64")), NumbaOperations)
+    assert type(ops.make("cpu", precision.get("bfloat16"))) is NumpyOperations
+    monkeypatch.setenv("GPU_MLP_NUMBA", "0")
+    assert ops.numba_obstacle() == "GPU_MLP_NUMBA is 0"
+    assert type(ops.make("cpu", precision.get("float32"))) is NumpyOperations
+
+
+def test_without_numba_everything_is_numpys():
+    """In a process of its own, in which Numba cannot be found."""
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "numba" else find(name, *more)
+import numpy as np
+from gpu_mlp import MLP, Trainer, ops
+assert "pip install 'gpu-mlp[cpu]'" in ops.numba_obstacle()
+net = MLP([4, 8, 3], output="softmax")
+Trainer(net).step(np.ones((5, 4)), np.zeros(5, int))
+assert type(net._ops).__name__ == "NumpyOperations" and "numba" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------
+
+SIZES, BATCH = [60, 200, 150, 10], 700
+
+
+@pytest.fixture
+def _two_threads():
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        if numpy_ops._blas_threads() != 2:
+            pytest.skip("this BLAS has no two threads, or none that can be told to")
+        yield
+
+
+def problem(n=BATCH):
+    rng = np.random.default_rng(3)
+    return rng.normal(size=(n, SIZES[0])).astype(np.float32), rng.integers(0, SIZES[-1], n)
+
+
+def trained(lanes, monkeypatch, dtype="float64", kind=NumbaOperations, steps=4, **options):
+    """The trainer after some steps in so many lanes, and the costs."""
+    if lanes is not None:
+        monkeypatch.setattr(kind, "lanes", lambda self, rows, sizes: lanes(rows))
+    x, y = problem()
+    net = MLP(SIZES, options.pop("activation", "relu"), "softmax", options.pop("dropout", 0.0), precision=dtype)
+    trainer = Trainer(net, **{"optimizer": Adam(lr=1e-2), **options})
+    weight = np.linspace(0.5, 2, len(x)) if options.get("clip_norm") else None
+    return trainer, [float(trainer.step(x, y, weight)) for _ in range(steps)]
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_step_is_dealt_out_to_lanes(monkeypatch):
+    trainer, _ = trained(None, monkeypatch, dtype="float32")
+    lanes = trainer._lanes(BATCH)
+    assert len(lanes) == 2
+    assert len({id(lane.g) for lane in lanes}) == 2
+    assert sum(len(range(i, BATCH, 1)[:: lanes[0].work.rows]) > 0 for i in range(2)) == 2
+
+
+@pytest.mark.parametrize("cut", [(2, 350), (2, 64), (3, 100), (4, 699)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "gelu", "dropout": 0.3},
+        {"optimizer": SGD(lr=0.1)},
+        {"accumulate": 3, "regularizer": L2(1e-3)},
+        {"clip_norm": 0.1, "average": EMA(0.9)},
+    ],
+    ids=str,
+)
+def test_lanes_give_the_update_of_one_pass(cut, options, monkeypatch):
+    check_lanes(cut, options, monkeypatch)
+
+
+def test_lanes_of_single_rows(monkeypatch):
+    check_lanes((2, 1), {}, monkeypatch)
+
+
+def check_lanes(cut, options, monkeypatch):
+    alone, costs = trained(lambda rows: (1, rows), monkeypatch, steps=2, **options)
+    beside, again = trained(lambda rows: (cut[0], min(cut[1], rows)), monkeypatch, steps=2, **options)
+    np.testing.assert_allclose(again, costs, rtol=1e-12)
+    np.testing.assert_allclose(beside.net.theta, alone.net.theta, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("numba", ["1", "0"])
+def test_lanes_give_the_same_bits_every_time(numba, monkeypatch):
+    monkeypatch.setenv("GPU_MLP_NUMBA", numba)
+    results = {
+        trained(None, monkeypatch, dtype="float32", activation="gelu", dropout=0.2)[0].net.theta.tobytes()
+        for _ in range(5)
+    }
+    assert len(results) == 1
+
+
+def test_an_error_in_a_lane_comes_out_and_the_trainer_goes_on(monkeypatch):
+    trainer, _ = trained(lambda rows: (2, 350), monkeypatch)
+    x, y = problem()
+
+    def fail(*arguments):
+        raise KeyError("from a lane")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numba_kernels, "relu_gradient", fail)
+        with pytest.raises(KeyError, match="from a lane"):
+            trainer.step(x, y)
+    assert np.isfinite(float(trainer.step(x, y)))
+
+
+@pytest.mark.parametrize("rows", [1, 31, 128, 1024, 65536])
+@pytest.mark.parametrize("sizes", [[3, 1], [784, 256, 128, 10], [64] * 5, [784, 4096, 4096, 10]], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_lanes_cover_every_batch(rows, sizes, threads, monkeypatch):
+    monkeypatch.setattr(numpy_ops, "_blas_threads", lambda: threads)
+    lanes, micro = NumpyOperations(precision.get("float32")).lanes(rows, sizes)
+    assert 1 <= lanes <= threads
+    assert 1 <= micro <= rows
+    assert lanes == 1 or micro < rows, "a lane would have nothing to do"
