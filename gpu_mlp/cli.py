@@ -1,7 +1,7 @@
-"""The command `gpu-mlp`: train, sweep, evaluate, predict, make-data, info, check.
+"""The command `gpu-mlp`: train, sweep, evaluate, predict, make-data, info, check, bench.
 
-The topmost room: turns words into calls of `runs`, `model`, `environment` and `selfcheck`, and errors into one line
-on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
+The topmost room: turns words into calls of `runs`, `model`, `environment`, `selfcheck` and `bench`, and errors into one
+line on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
 interrupted (Ctrl-C); 143 terminated (SIGTERM), after a checkpoint.
 """
 
@@ -297,7 +297,7 @@ def make_data(
         print(f"best possible {name}: {value:.4f}")
 
 
-# --- info, check ----------------------------------------------------------------------------------------------------
+# --- info, check, bench ---------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -344,6 +344,31 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    device: DeviceOption = "auto",
+    seconds: Annotated[float, typer.Option(help="To measure for, about")] = 120.0,
+    peers: Annotated[
+        str, typer.Option(help="Who takes part if installed: usual, all (torch.compile too: minutes), none, or names")
+    ] = "usual",
+    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl", show_default="nothing is kept")] = None,
+) -> None:
+    """Measure training steps on this machine, against their bare matrix products and other libraries.
+
+    Everybody computes the same step in one process, in turn, and is timed only where the result is right. Exit status
+    1 if this library's was not.
+    """
+    from .bench import quick
+
+    found = quick.run(device, seconds, peers, out, say=_say)
+    _print_table(*quick.rows(found))
+    print(quick.CAPTION)
+    for line in quick.remarks(found):
+        print(line)
+    if quick.wrong(found):
+        raise typer.Exit(1)
+
+
 def _why_not_cuda(wanted: str, device: str) -> str:
     """In brackets, why the device that was chosen automatically is not a GPU."""
     from .ops import cuda_obstacle
@@ -362,12 +387,18 @@ def _say(line: str) -> None:
 
 
 def _figures_table(figures: dict[str, dict[str, float]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    rows = [[part, *(f"{value:.4f}" for value in row.values())] for part, row in figures.items()]
+    _print_table(["part", *next(iter(figures.values()))], rows)
 
-    table = Table("part", *next(iter(figures.values())))
-    for part, row in figures.items():
-        table.add_row(part, *(f"{value:.4f}" for value in row.values()))
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column(head[0], no_wrap=True), *head[1:], box=SIMPLE)
+    for row in rows:
+        table.add_row(*row)
     console = Console()
     with console.capture() as captured:  # printed by us: rich would end the process over a closed pipe
         console.print(table)

@@ -52,7 +52,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "checkpoint": {"checks", "history", "tensorfile"},
     "logs": {"checks", "tensorfile"},
 }
-CUPY = {"ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
+CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
 CLI = {"cli", "__main__"}
 
 

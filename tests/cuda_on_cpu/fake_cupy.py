@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import compiler, fake_cublas, streams
+from . import compiler, fake_cublas, fake_cublaslt, streams
 from .emulator import Emulator, Pointer, fill
 from .streams import CUDARuntimeError, Event, Graph, Order, Stream
 
@@ -604,7 +604,8 @@ runtime = _module(
 driver = _module("cupy_backends.cuda.api.driver", CUDADriverError=CUDADriverError, get_build_version=lambda: 12090)
 cublas = _module("cupy_backends.cuda.libs.cublas", **fake_cublas.names(device))
 nvmath_cublas = _module("nvmath.bindings.cublas", **fake_cublas.nvmath_names(device))
-nvmath_bindings = _module("nvmath.bindings", cublas=nvmath_cublas)
+nvmath_cublaslt = _module("nvmath.bindings.cublasLt", **fake_cublaslt.names(device))
+nvmath_bindings = _module("nvmath.bindings", cublas=nvmath_cublas, cublasLt=nvmath_cublaslt)
 cuda = _module(
     "cupy.cuda",
     runtime=runtime,
@@ -703,6 +704,7 @@ MODULES = {
     "nvmath": _module("nvmath", bindings=nvmath_bindings),
     "nvmath.bindings": nvmath_bindings,
     "nvmath.bindings.cublas": nvmath_cublas,
+    "nvmath.bindings.cublasLt": nvmath_cublaslt,
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
