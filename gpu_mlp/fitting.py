@@ -62,9 +62,7 @@ class Fit:
         self.held_out = validation if isinstance(validation, (int, float)) else None  # as a fraction
         if self.stream is not None:
             self.ahead = self.stream.ahead()
-            self.x, self.y, self.w = cast(
-                Parts, self.ahead.like
-            )  # of the first chunk, for what all rows have in common
+            self.x, self.y, self.w = self.ahead.like  # of the first chunk: what all rows have in common
         self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         self.shuffle = checks.boolean("shuffle", shuffle)

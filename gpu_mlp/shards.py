@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,11 +95,14 @@ class File:
                     raise ValueError(f"{self.path}: cut short while it was in use; start again with the files at rest")
                 view = view[count:]
 
-    def will_need(self, offset: int, count: int) -> None:
-        """Let the system begin to read these bytes, where it takes such advice."""
-        if hasattr(os, "posix_fadvise"):
-            with self.open() as stream:
-                os.posix_fadvise(stream.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+    def will_need(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Let the system begin to read these bytes, (offset, count) each, where it takes such advice."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with self.open() as stream:
+            for offset, count in extents:
+                if not _at_hand(stream.fileno(), offset):  # for what is, the advice takes longer than the reading
+                    os.posix_fadvise(stream.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
 
     def sample(self) -> bytes:
         """The first and the last 4 KiB, by which a fingerprint knows the file."""
@@ -107,6 +110,17 @@ class File:
             head = stream.read(4096)
             stream.seek(max(0, self.size - 4096))
             return head + stream.read(4096)
+
+
+def _at_hand(descriptor: int, offset: int) -> bool:
+    """Whether a byte of a file can be read without waiting for the disk, as far as the system tells."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except OSError:  # it would have to wait, or this kind of file cannot be asked
+        return False
+    return True
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from . import checks, folders
 from .data import SPLIT_STREAM
 from .failures import BrokenData
 from .readers import PathLike
-from .shards import NOWHERE, Piece, Room, Shard, chunks_of
+from .shards import NOWHERE, File, Piece, Room, Shard, chunks_of
 
 BUFFER_BYTES = 64 << 20  # of the rows that are shuffled among each other, where ``buffer_rows`` is not given
 CHUNKS_STREAM, BUFFER_STREAM = 3, 4  # beside the random streams of `data`
@@ -200,11 +200,15 @@ class Stream:
         first = int(self._first[at])
         return self.shards[at], start - first, stop - first
 
-    def will_need(self, chunk: int) -> None:
-        """A chunk is about to be read."""
-        shard, start, stop = self._place(*self.chunks[chunk].tolist())
-        for file, offset, count in shard.extents(start, stop):
-            file.will_need(offset, count)
+    def will_need(self, chunks: Iterable[int]) -> None:
+        """These chunks are about to be read."""
+        wanted: dict[File, list[tuple[int, int]]] = {}
+        for chunk in chunks:
+            shard, start, stop = self._place(*self.chunks[chunk].tolist())
+            for file, offset, count in shard.extents(start, stop):
+                wanted.setdefault(file, []).append((offset, count))
+        for file, extents in wanted.items():
+            file.will_need(extents)
 
     @property
     def piece_bytes(self) -> int:
@@ -418,8 +422,7 @@ class ReadAhead:
     def _announce(self, chunks: list[int]) -> None:
         """Let the system read ahead on the disk; that a file is gone is told where its rows are read."""
         with contextlib.suppress(ValueError, OSError):
-            for chunk in chunks:
-                self._stream.will_need(chunk)
+            self._stream.will_need(chunks)
 
     def _read(self, chunk: int, slot: _Slot, at: int) -> None:
         start, stop = self._stream.chunks[chunk].tolist()

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_mlp import LBFGS, MLP, SGD, BrokenData, CrossEntropy, EarlyStopping, Stream, Trainer, fitting
+from gpu_mlp.feeding import FromDisk
 from gpu_mlp.shards import Piece
 from gpu_mlp.streams import MOST_BUFFERS, Order, ReadAhead
 
@@ -199,6 +200,26 @@ def test_training_from_the_disk_is_training_from_memory_bit_for_bit(tmp_path, ar
     monkeypatch.setattr(fitting.data, "epoch_order", lambda n, seed, epoch: stream.order(seed, epoch).rows())
     Trainer(nets[1]).fit(arrays, epochs=3, batch_size=32, progress=False)
     assert nets[0].theta.tobytes() == nets[1].theta.tobytes()
+
+
+@pytest.mark.parametrize("first", [0, 32, 100, 499])
+def test_an_epoch_goes_on_from_the_rows_that_were_trained_on_before(tmp_path, arrays, first):
+    """What a resumed run asks the feed for; a look back comes to the same rows too."""
+    folder, names = write("npy", tmp_path / "set", arrays)
+    stream, ops = Stream(folder, **names, buffer_rows=60), classifier()._ops
+    rows = stream.order(3, 0).rows()
+    feed = FromDisk(ops, stream.ahead(), 32)
+    pieces = []
+    for cursor, count in feed.epoch(stream.order(3, 0), first):
+        pieces.append((cursor, count))
+        for part, found in zip(arrays, feed.fetch(count, None)):
+            np.testing.assert_array_equal(found, part[rows[cursor : cursor + count]])
+    assert pieces == [(cursor, min(32, N - cursor)) for cursor in range(first, N, 32)]
+    back = min(5, len(pieces) - 1)
+    cursor, count = feed.again(back)
+    assert (cursor, count) == pieces[-1 - back]
+    np.testing.assert_array_equal(feed.fetch(count, None)[0], arrays[0][rows[cursor : cursor + count]])
+    feed._ahead.close()
 
 
 def test_dtypes_are_kept_and_foreign_byte_orders_read(tmp_path):
