@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .averaging import EMA
-from .failures import BrokenData, DeviceLost, Diverged
+from .checkpoint import Checkpoints
+from .failures import BrokenData, DeviceLost, Diverged, Terminated
 from .history import EarlyStopping, History
 from .logs import CSVLog, JSONLLog, TensorBoardLog
 from .losses import (
@@ -69,6 +70,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "BrokenData",
     "CSVLog",
+    "Checkpoints",
     "Constant",
     "Cosine",
     "CrossEntropy",
@@ -96,6 +98,7 @@ __all__ = [
     "StepDecay",
     "Stream",
     "TensorBoardLog",
+    "Terminated",
     "Trainer",
     "Warmup",
 ]

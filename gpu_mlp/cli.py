@@ -2,7 +2,7 @@
 
 The topmost room: turns words into calls of `runs`, `model`, `environment`, `selfcheck` and `bench`, and errors into one
 line on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
-interrupted (Ctrl-C).
+interrupted (Ctrl-C); 143 terminated (SIGTERM), after a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import inspect
 import io
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .failures import DeviceLost
+from .failures import BrokenData, DeviceLost, Terminated
 from .ops.interface import DeviceError
-from .options import TrainOptions, merged
+from .options import TrainOptions, merged, resumed
+
+if TYPE_CHECKING:
+    from .runs import Run
 
 app = typer.Typer(
     name="gpu-mlp",
@@ -49,32 +53,61 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 # --- train ----------------------------------------------------------------------------------------------------------
 
 
-def train(config: Path | None, **given: Any) -> None:
+def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     """Train a network. With no option at all: the digits set that ships with the package, in a few seconds.
 
     A file needs a target: gpu-mlp train --data churn.csv --target churned. Options can also stand in a TOML file
     (--config), one a line as epochs = 20; those on the command line win. The run folder gets model.safetensors,
     history.json, options.toml and the plots. Ctrl-C ends a run after the step at hand and keeps what was learned.
+
+    gpu-mlp train --resume RUN_FOLDER goes on with a run that was interrupted, killed or ended by a full disk, from its
+    last checkpoint to the very weights that it would have reached. Of its options --device, --plots, --log, --progress,
+    --checkpoint-every and --checkpoint-keep can be given anew, and --epochs where the schedule does not span the run.
     """
     from .streamed import make
 
-    options = merged(config, given)
-    run = make(options)
+    options = merged(config, given) if resume is None else resumed(resume, config, given)
+    run = make(options, resume=resume is not None)
     net, parts = run.model.net, run.parts.named()
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
     shape = f"{' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters"
     _say(f"network: {shape}, {net.precision} on {net.device}{_why_not_cuda(options.device, net.device)}")
     if net.device == "cuda":
         _say(f"device memory: {run.trainer.plan(run.options.batch_size).summary()}")
-    result = run.start()
+    if resume is not None:
+        found = run.checkpoint
+        _say(f"resume: from {found}" if found else f"resume: {resume} has no checkpoint yet; the run begins anew")
+    try:
+        result = run.start()
+    except Terminated:
+        _say(f"gpu-mlp: terminated{_how_to_resume(run)}")
+        raise typer.Exit(143) from None
+    except OSError as error:
+        if run.checkpoint is None:
+            raise
+        raise ValueError(f"{_one_line(error)}; make room, then: {_resuming(run)}") from error
+    except (DeviceLost, BrokenData) as error:
+        if run.checkpoint is None:
+            raise
+        raise type(error)(f"{error}; to go on: {_resuming(run)}", error.history) from error  # type: ignore[arg-type]
     _figures_table(result.figures)
     last = list(result.figures)[-1]
     for name, value in result.figures[last].items():
         print(f"{last} {name.replace('_', ' ')}: {value:.4f}")
+    interrupted = result.history.stopped == "interrupted"
+    how = _how_to_resume(run) if interrupted else ""
     seconds = sum(result.history["seconds"]) if len(result.history) else 0.0
-    _say(f"{len(result.history)} epochs in {seconds:.1f} s, {result.history.stopped}; written to {result.folder}")
-    if result.history.stopped == "interrupted":
+    _say(f"{len(result.history)} epochs in {seconds:.1f} s, {result.history.stopped}; written to {result.folder}{how}")
+    if interrupted:
         raise typer.Exit(130)
+
+
+def _how_to_resume(run: Run) -> str:
+    return f"; {_resuming(run)} goes on from here" if run.checkpoint else ""
+
+
+def _resuming(run: Run) -> str:
+    return f"gpu-mlp train --resume {shlex.quote(str(run.folder))}"
 
 
 def _declared(command: Any) -> Any:
@@ -85,7 +118,13 @@ def _declared(command: Any) -> Any:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[Path | None, typer.Option(help="TOML file with options", show_default=False)],
-        )
+        ),
+        inspect.Parameter(
+            "resume",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, typer.Option(help="Run folder to go on with", show_default=False)],
+        ),
     ]
     types = {"str": str, "int": int, "float": float, "bool": bool}
     for option in dataclasses.fields(TrainOptions):

@@ -1,4 +1,4 @@
-"""How a training run fails: the cost that is no number, the device that is gone, the file that cannot be read on.
+"""How a run ends before its time: a cost that is no number, a device that is gone, a file that breaks off, a signal.
 
 A leaf; each failure carries the history up to it.
 """
@@ -39,4 +39,15 @@ class BrokenData(ValueError):
 
     def __init__(self, message: str, history: History | None = None) -> None:
         super().__init__(message)
+        self.history = history
+
+
+class Terminated(SystemExit):
+    """The process was told to end (SIGTERM), and a checkpoint was written; uncaught it exits with status 143.
+
+    ``history`` is what `Trainer.fit` had recorded before.
+    """
+
+    def __init__(self, history: History) -> None:
+        super().__init__(143)
         self.history = history

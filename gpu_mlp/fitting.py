@@ -6,25 +6,27 @@ whose update every step is.
 
 from __future__ import annotations
 
-import math
-import threading
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data, metrics, schedules
-from .failures import BrokenData, DeviceLost, Diverged
-from .feeding import SPARE_BYTES, Feed, FromDisk, Parts, Resident, Single, Streamed
+from . import checkpoint, checks, data, metrics, resuming, schedules
+from .checkpoint import Checkpoints, Folder
+from .failures import BrokenData, DeviceLost, Diverged, Terminated
+from .feeding import SPARE_BYTES, Feed, FromDisk, Parts, Resident, Streamed
+from .fullbatch import minimise
 from .history import EarlyStopping, History
-from .notices import say_once
 from .ops.interface import Array, DeviceError, Slot
 from .optimizers import LBFGS
 from .progress import Progress
-from .signals import interrupt_between_steps
+from .schedules import Schedule
+from .signals import Interruption, interrupt_between_steps
 from .streams import Stream
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Fit:
         callbacks: Sequence[Callback],
         early_stopping: EarlyStopping | None,
         names: Sequence[str] | None,
+        checkpoints: Checkpoints | str | os.PathLike[str] | None,
+        resume: bool | str | os.PathLike[str],
     ) -> None:
         self.trainer, self.net = trainer, trainer.net
         self.epochs = checks.integer("epochs", epochs, 1)
@@ -55,13 +59,12 @@ class Fit:
         if self.stream is None:
             self.x, self.y, self.w = self._check("data", dataset)
         self.validation = self._on_device(self._check_validation(validation))
+        self.held_out = validation if isinstance(validation, (int, float)) else None  # as a fraction
         if self.stream is not None:
             self.ahead = self.stream.ahead()
             self.x, self.y, self.w = self.ahead.like  # of the first chunk: what all rows have in common
         self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
-        full_batch = isinstance(trainer.optimizer, LBFGS)
-        self.rows = self.net._chunk_rows(self.n) if full_batch else self.batch_size
         self.shuffle = checks.boolean("shuffle", shuffle)
         self.callbacks = list(callbacks)
         if not all(callable(callback) for callback in self.callbacks):
@@ -71,18 +74,43 @@ class Fit:
         self.early_stopping = early_stopping
         self.names = metrics.chosen(names, trainer.loss.name, self.net.sizes[-1], self.y.ndim == 1)
         self.history = History(self._monitor())
-        self._best: NDArray[Any] | None = None
-        self._good = self._remember(self.net._theta)
+        self.began = (trainer.rounds, trainer.epoch)  # steps and epochs of earlier fits
+        self.cursor = 0  # rows of the epoch at hand that were trained on
+        self.seconds = 0.0  # that the epoch at hand took before the run was resumed
+        self.best: NDArray[Any] | None = None  # the best weights so far, where they are to be put back
+        self.good = self.remember(self.net._theta)  # the weights of the last good epoch
+        self._keeper = self._check_keeper(checkpoints, resume)
+        self._resume = resume
+
+    def _check_keeper(
+        self, checkpoints: Checkpoints | str | os.PathLike[str] | None, resume: bool | str | os.PathLike[str]
+    ) -> Folder | None:
+        policy = checkpoint.check(checkpoints)
+        if not isinstance(resume, (bool, str, os.PathLike)):
+            raise TypeError(f"resume: expected True, False or a path, got {type(resume).__name__}")
+        if policy is None and resume is True:
+            raise ValueError("resume: True goes on from the folder of checkpoints, and none is given; name it")
+        if isinstance(self.trainer.optimizer, LBFGS) and (policy is not None or resume):
+            raise ValueError(
+                "checkpoints: L-BFGS can have none: SciPy keeps its curvature pairs to itself, so that a run that is "
+                "resumed could not go on as it would have"
+            )
+        return None if policy is None else Folder(policy, monitor=self.history.monitor)
 
     def run(self, progress: bool) -> History:
         """Train to the end, whichever end it is, and give back what the run alone needed."""
         trainer = self.trainer
-        shown = Progress(self.epochs, self.n, progress)
         trainer._recorder.clear()
+        shown: Progress | None = None
         try:
-            with trainer._tuned(self.rows), interrupt_between_steps() as interrupted:
-                if isinstance(trainer.optimizer, LBFGS):
-                    self.minimise(shown, interrupted)
+            reason = self._begin()
+            shown = Progress(self.epochs, self.n, progress, epoch=self.epochs_done, rows=self.rows_done)
+            tuned = trainer._tuned(self.rows_at_once)
+            with tuned, interrupt_between_steps(terminate=self._keeper is not None) as interrupted:
+                if reason:
+                    self.finish(reason)
+                elif isinstance(trainer.optimizer, LBFGS):
+                    minimise(self, shown, interrupted)
                 else:
                     self.descend(shown, interrupted)
         except DeviceError as error:
@@ -90,13 +118,85 @@ class Fit:
         except BrokenData as error:
             raise self._without_data(error) from error
         finally:
-            shown.close()
+            if shown is not None:
+                shown.close()
+            if self._keeper is not None:
+                self._keeper.close()
             if self.stream is not None:
                 self.ahead.close()
             trainer._recorder.clear()  # what it kept alive is free for other work
+        if self.history.stopped == "terminated":
+            raise Terminated(self.history)
         if self.history.stopped == "interrupted":
             warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=3)
         return self.history
+
+    @property
+    def rows_at_once(self) -> int:
+        """The rows of a batch, or of a part of the data set where the whole of it is the batch."""
+        full_batch = isinstance(self.trainer.optimizer, LBFGS)
+        return self.net._chunk_rows(self.n) if full_batch else self.batch_size
+
+    @property
+    def epochs_done(self) -> int:
+        """Whole epochs of this fit."""
+        return self.trainer.epoch - self.began[1] - (self.cursor > 0)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows trained on in this fit."""
+        return self.epochs_done * self.n + self.cursor
+
+    def schedule(self, epochs: int, began: tuple[int, int]) -> Schedule:
+        """The schedule of this fit, were it one of so many epochs that began after so many steps and epochs."""
+        steps = -(-self.n // self.batch_size)
+        return self.trainer.schedule.over(began[0] + steps * epochs, began[1] + epochs)
+
+    # --- checkpoints ---
+
+    def _begin(self) -> str:
+        """Open the folder of checkpoints, and take up the run in it where that is wanted; the reason why it is over
+        already, or an empty string."""
+        keeper, resume = self._keeper, self._resume
+        if keeper is None and resume is False:
+            return ""
+        self.recipe = resuming.recipe_of_fit(self)
+        if keeper is not None:
+            keeper.open()
+            if keeper.paths and resume is False:
+                raise ValueError(
+                    f"checkpoints: {keeper.path} holds those of another run; resume=True goes on from the last of "
+                    f"them, or name another folder"
+                )
+        reason = ""
+        if resume is not False:
+            where = Path(keeper.path if keeper is not None and resume is True else resume)  # type: ignore[arg-type]
+            reason = self._take_up(where)
+        if keeper is not None:
+            keeper.begin(self.trainer.rounds, self.trainer.epoch)
+        return reason
+
+    def _take_up(self, where: Path) -> str:
+        """Go on from the newest checkpoint at ``where``; the reason why that run is over, or an empty string."""
+        found = checkpoint.newest(where, lambda header: resuming.fits_fit(self, header))
+        if found is None and self._resume is not True:
+            raise FileNotFoundError(f"resume: there is no checkpoint in {where}")
+        reason = "" if found is None else resuming.restore_fit(self, found)
+        for callback in self.callbacks:
+            rewind = getattr(callback, "rewind", None)
+            if callable(rewind):
+                rewind(self.trainer.rounds)
+        return reason
+
+    def _checkpoint(self, feed: Feed, started: float, reason: str = "") -> None:
+        """Write a checkpoint of the run as it stands, unless it is not finite, which raises Diverged."""
+        keeper, trainer = self._keeper, self.trainer
+        if keeper is None or keeper.has(trainer.rounds, reason):
+            return
+        self._refuse_divergence(feed)
+        self._refuse_bad_weights()
+        found = resuming.snapshot_fit(self, time.perf_counter() - started, reason)
+        keeper.write(found, self.began[1] + self.epochs_done)
 
     # --- what is trained on ---
 
@@ -165,37 +265,59 @@ class Fit:
 
     # --- minibatch descent ---
 
-    def descend(self, progress: Progress, interrupted: threading.Event) -> None:
+    def descend(self, progress: Progress, interrupted: Interruption) -> None:
         """Every epoch: shuffled minibatches, an update for each, then validation."""
         trainer, ops = self.trainer, self.net._ops
-        steps = -(-self.n // self.batch_size)
-        schedule = trainer.schedule.over(trainer.rounds + steps * self.epochs, trainer.epoch + self.epochs)
+        schedule = self.schedule(self.epochs, self.began)
         feed = self._feed()
         self._settle_validation()
         self.net._refresh()
-        for _ in range(self.epochs):
-            started = time.perf_counter()
-            trainer.epoch += 1
-            ops.write_state(trainer._state, {Slot.EPOCH_COST: 0.0})
-            for cursor, rows in feed.epoch(self._order()):
-                trainer._step(feed, rows, cursor, schedule)
-                progress.advance(rows)
-                if not ops.waits or trainer.rounds % LOOK_EVERY == 0:
-                    self._refuse_divergence(feed)
-                if interrupted.is_set():
-                    break
+        reason = ""
+        while not reason:
+            started = time.perf_counter() - self.seconds
+            if self.cursor == 0:
+                trainer.epoch += 1
+                ops.write_state(trainer._state, {Slot.EPOCH_COST: 0.0})
+            self._work_through_epoch(feed, schedule, started, progress, interrupted)
             if interrupted.is_set():
-                self._finish("interrupted")
+                reason = "terminated" if interrupted.terminated else "interrupted"
+            else:
+                self._refuse_divergence(feed)
+                self._refuse_bad_weights()
+                cost = ops.read_state(trainer._state, Slot.EPOCH_COST) / self.n
+                rate = ops.read_state(trainer._state, Slot.LEARNING_RATE)
+                self.cursor, self.seconds = 0, 0.0
+                reason = self.end_epoch(cost, rate, started, progress)
+                if not reason and self.epochs_done >= self.epochs:
+                    reason = "completed"
+            if reason or self._due():
+                self._checkpoint(feed, started, reason)
+        self.finish(reason)
+
+    def _work_through_epoch(
+        self,
+        feed: Resident | Streamed,
+        schedule: Schedule,
+        started: float,
+        progress: Progress,
+        interrupted: Interruption,
+    ) -> None:
+        """The updates of the epoch at hand that are still to be done, or until an interruption."""
+        trainer, ops = self.trainer, self.net._ops
+        for cursor, rows in feed.epoch(self._order(), self.cursor):
+            trainer._step(feed, rows, cursor, schedule)
+            self.cursor = cursor + rows
+            progress.advance(rows)
+            if not ops.waits or trainer.rounds % LOOK_EVERY == 0:
+                self._refuse_divergence(feed)
+            if interrupted.is_set():
                 return
-            self._refuse_divergence(feed)
-            self._refuse_bad_weights()
-            cost = ops.read_state(trainer._state, Slot.EPOCH_COST) / self.n
-            rate = ops.read_state(trainer._state, Slot.LEARNING_RATE)
-            reason = self._end_epoch(cost, rate, started, progress)
-            if reason:
-                self._finish(reason)
-                return
-        self._finish("completed")
+            if self.cursor < self.n and self._due():
+                self._checkpoint(feed, started)
+
+    def _due(self) -> bool:
+        """Whether a checkpoint is due."""
+        return self._keeper is not None and self._keeper.due(self.trainer.rounds, self.began[1] + self.epochs_done)
 
     def _settle_validation(self) -> None:
         """Keep x of the validation part on the device too, where there is room left for it."""
@@ -229,79 +351,9 @@ class Fit:
         moved_back = (None if part is None else ops.to_host(part) for part in parts)
         return Streamed(ops, *cast(Parts, tuple(moved_back)), self.batch_size)
 
-    # --- L-BFGS ---
-
-    def minimise(self, progress: Progress, interrupted: threading.Event) -> None:
-        """SciPy's L-BFGS-B on J(θ) over the whole data set; an iteration counts as an epoch."""
-        from scipy.optimize import minimize
-
-        trainer, net = self.trainer, self.net
-        rule = cast(LBFGS, trainer.optimizer)
-        self.x, self.y, self.w = self._whole()
-        started, reason = time.perf_counter(), ""
-
-        def objective(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            self._recall(theta)
-            cost = self._full_gradient()
-            progress.advance(self.n)
-            if not math.isfinite(cost):
-                whole = Single(net._ops, self.x, self.y, self.w, False)
-                work = trainer._lanes(self.rows)[0].work
-                where = trainer._where_not_finite(whole, 0, self.n, trainer.rounds, work)
-                self._fall_back()
-                self.history.stopped = "diverged"
-                raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", self.history)
-            return cost, net._ops.to_host(trainer._g).astype(np.float64)
-
-        def end_iteration(intermediate_result: Any) -> None:
-            nonlocal started, reason
-            trainer.epoch += 1
-            trainer.rounds += 1
-            self._recall(intermediate_result.x)
-            reason = self._end_epoch(float(intermediate_result.fun), 1.0, started, progress)
-            started = time.perf_counter()
-            if interrupted.is_set():
-                reason = "interrupted"
-            if reason:
-                raise StopIteration
-
-        options = {
-            "maxcor": rule.history_size,
-            "gtol": rule.tolerance_grad,
-            "ftol": rule.tolerance_change,
-            "maxiter": self.epochs,
-            "maxfun": rule.max_eval,
-        }
-        start = net._ops.to_host(net._theta).astype(np.float64)
-        result = minimize(objective, start, jac=True, method="L-BFGS-B", callback=end_iteration, options=options)
-        self._recall(result.x)
-        self._finish(reason or ("converged" if result.success else "completed"))
-
-    def _whole(self) -> Parts:
-        """The data set as every iteration takes it: on the device, but for an x that does not fit there."""
-        ops = self.net._ops
-        if ops.waits:
-            say_once("L-BFGS reads J after every pass, so its steps are not recorded as a CUDA graph")
-        y, w = ops.to_device(self.y), None if self.w is None else ops.to_device(self.w)
-        free = ops.free_bytes()
-        fits = free is not None and self.x.nbytes + SPARE_BYTES <= free
-        return ops.to_device(self.x) if fits and not ops.owns(self.x) else self.x, y, w
-
-    def _full_gradient(self) -> float:
-        """J over the whole data set; its gradient, λ∇Ω included, in the trainer's gradient."""
-        trainer, net, ops = self.trainer, self.net, self.net._ops
-        state, g = trainer._state, trainer._g
-        ops.write_state(state, {Slot.COST: 0.0})
-        ops.total_weight(trainer.loss, self.y, self.w, state)
-        net._differentiate(self.x, self.y, self.w, trainer.loss, trainer._lanes(self.rows))
-        if trainer.regularizer is not None:
-            ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
-            ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)
-        return ops.read_state(state, Slot.COST)
-
     # --- the end of an epoch, the end of a run ---
 
-    def _end_epoch(self, cost: float, rate: float, started: float, progress: Progress) -> str:
+    def end_epoch(self, cost: float, rate: float, started: float, progress: Progress) -> str:
         """Validate, write the row, remember what is worth it; the reason to stop here, or an empty string."""
         trainer = self.trainer
         seconds = time.perf_counter() - started
@@ -317,9 +369,9 @@ class Fit:
             trainer.plateau.observe(plateau, row.get("validation_loss", cost))
         stopping = self.early_stopping
         better = self.history.append(row, 0.0 if stopping is None else stopping.min_delta)
-        self._good = self._remember(trainer._model())
+        self.good = self.remember(trainer._model())
         if better and stopping is not None and stopping.restore_best:
-            self._best = self._good
+            self.best = self.good
         progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
         answers = [callback(trainer, dict(row)) for callback in self.callbacks]  # each one is called
         self.net._refresh()  # a callback may have written to the weights
@@ -329,42 +381,42 @@ class Fit:
             return "early stopping"
         return ""
 
-    def _remember(self, theta: Array) -> NDArray[Any]:
+    def remember(self, theta: Array) -> NDArray[Any]:
         """A copy of a flat array of θ's size on the host."""
         return np.array(self.net._ops.to_host(theta))
 
-    def _recall(self, theta: Array) -> None:
+    def recall(self, theta: Array) -> None:
         net = self.net
         net._ops.copy(net._ops.to_device(theta, net._theta.dtype), net._theta)
         if net._shadow is not None:
             net._ops.copy(net._theta, net._shadow)
 
-    def _fall_back(self) -> None:
+    def fall_back(self) -> None:
         """Put the weights of the last good epoch back."""
-        self._recall(self._good)
+        self.recall(self.good)
         if self.trainer._averaged is not None:
             self.net._ops.copy(self.net._theta, self.trainer._averaged)
 
-    def _finish(self, reason: str) -> None:
+    def finish(self, reason: str) -> None:
         """Leave the network with its best weights, where they are wanted, or the averaged ones, where there are any."""
         self.history.stopped = reason
-        if self._best is not None:
-            self._recall(self._best)
+        if self.best is not None:
+            self.recall(self.best)
             self.history.restored_best = True
             return
         if self.trainer._averaged is not None:
-            self._recall(self.trainer._model())
+            self.recall(self.trainer._model())
 
     def _rescued(self, error: DeviceError) -> DeviceLost:
         """Save what a failed device cannot take away: the weights of the last whole epoch, now on the CPU."""
-        self.net._move_to_host(self._good)
+        self.net._move_to_host(self.good)
         self.history.stopped = "device lost"
         kept = "the network is on the CPU now, with the weights of the last whole epoch"
         return DeviceLost(f"epoch {self.trainer.epoch}: {error}; {kept}", self.history)
 
     def _without_data(self, error: BrokenData) -> BrokenData:
         """Keep what was learned up to the last whole epoch; what comes after it cannot be read."""
-        self._recall(self._good)
+        self.fall_back()
         self.history.stopped = "data lost"
         kept = "the network has the weights of the last whole epoch"
         return BrokenData(f"epoch {self.trainer.epoch}: {error}; {kept}", self.history)
@@ -373,7 +425,7 @@ class Fit:
         try:
             self.trainer._refuse_divergence(feed)
         except Diverged as error:
-            self._fall_back()
+            self.fall_back()
             self.history.stopped = "diverged"
             raise Diverged(f"epoch {self.trainer.epoch}, {error}", self.history) from None
 
@@ -381,7 +433,7 @@ class Fit:
         try:
             self.trainer._refuse_bad_weights()
         except Diverged as error:
-            self._fall_back()
+            self.fall_back()
             self.history.stopped = "diverged"
             message = f"epoch {self.trainer.epoch}: {error}; those before the epoch are kept"
             raise Diverged(message, self.history) from None

@@ -1,14 +1,17 @@
 """What a training run leaves behind, epoch by epoch, and the rule that ends it early.
 
-A leaf: plain Python.
+A leaf.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import checks
 
@@ -49,7 +52,8 @@ class History:
     samples_per_second, and with validation validation_loss and validation_<metric>.
 
     ``history["cost"]`` is a column; ``last`` and ``best`` are rows (best by ``monitor``); ``stopped`` says what
-    ended the run: "completed", "early stopping", "converged" (L-BFGS), "callback" or "interrupted".
+    ended the run: "completed", "early stopping", "converged" (L-BFGS), "callback", "interrupted", "terminated",
+    "diverged" or "device lost".
     """
 
     def __init__(self, monitor: str) -> None:
@@ -80,6 +84,11 @@ class History:
         return self.rows[self._best] if self.rows else {}
 
     @property
+    def best_index(self) -> int:
+        """The place of the best row; -1 before one is over."""
+        return self._best
+
+    @property
     def epochs_since_best(self) -> int:
         """How many epochs have passed since the best one."""
         return len(self.rows) - 1 - self._best
@@ -98,6 +107,21 @@ class History:
 
     def __repr__(self) -> str:
         return f"History({len(self)} epochs, {self.stopped}, best {self.monitor} {self.best.get(self.monitor)})"
+
+    def table(self) -> tuple[list[str], NDArray[np.float64]]:
+        """The columns' names, and the rows as a float64 array, (epochs, columns)."""
+        columns = list(self.rows[0]) if self.rows else []
+        values = [[row[column] for column in columns] for row in self.rows]
+        return columns, np.array(values, np.float64).reshape(len(self.rows), len(columns))
+
+    def take(self, columns: Sequence[str], values: NDArray[np.float64], best: int) -> None:
+        """Go on from such a table, whose row ``best`` is the best."""
+        whole = ("epoch", "step")
+        self.rows = [
+            {name: int(value) if name in whole else value for name, value in zip(columns, row)}
+            for row in values.tolist()
+        ]
+        self._best = best
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy."""

@@ -135,8 +135,10 @@ class Model:
                 raise ValueError(f"target: {stream.source} has none; name it with --target")
             yield y_hat, y
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything that a prediction needs to one safetensors file."""
+    # --- files ---
+
+    def describe(self) -> None:
+        """Put into the network's metadata, which travel with it, all but the network that a prediction needs."""
         self.net.metadata = {
             "task": self.task,
             "loss": self.loss,
@@ -144,6 +146,10 @@ class Model:
             "target": self.target.to_dict(),
             "data": self.data,
         }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything that a prediction needs to one safetensors file."""
+        self.describe()
         return self.net.save(path)
 
     @classmethod

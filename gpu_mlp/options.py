@@ -95,6 +95,13 @@ class TrainOptions:
         "never stop",
     )
 
+    checkpoint_every: str | None = _option(
+        None,
+        RUN,
+        "How often what --resume goes on from is written: 500 steps, 2 epochs, 10 minutes, never",
+        "60 seconds",
+    )
+    checkpoint_keep: int = _option(2, RUN, "How many checkpoints stay, beside the best")
     seed: int = _option(0, RUN, "Of the split, the initial weights, the shuffles and the dropout masks")
     out: str | None = _option(None, RUN, "Run folder; must be new or empty", "a new one under runs/")
     plots: bool = _option(True, RUN, "Draw the learning curves and the confusion matrix (needs matplotlib)")
@@ -155,6 +162,36 @@ def from_values(values: Mapping[str, Any], path: str | os.PathLike[str] | None, 
         if name not in known:
             raise ValueError(f"{path}: unknown option {name!r}{checks.nearest(name, known)}")
     return TrainOptions(**{**values, **given})
+
+
+# What a run that is resumed may be told anew; whether the epochs may change depends on the schedule.
+FREE = ("epochs", "device", "memory", "plots", "log", "progress", "checkpoint_every", "checkpoint_keep")
+
+
+def resumed(
+    folder: str | os.PathLike[str], config: str | os.PathLike[str] | None, given: Mapping[str, Any]
+) -> TrainOptions:
+    """The options of the run in ``folder``, with those given that may change; ValueError names those that may not."""
+    path = Path(folder) / "options.toml"
+    if not path.is_file():
+        raise ValueError(f"resume: {folder} is no run folder: it has no options.toml")
+    saved = merged(path, {})
+    wanted = merged(config, given)
+    named = {name for name, value in given.items() if value is not None}
+    named |= set() if config is None else set(read_toml(Path(config)))
+    changed = []
+    for name in sorted(named - {*FREE, "out"}):
+        old, new = getattr(saved, name), getattr(wanted, name)
+        if new != old and not (name == "data" and os.path.abspath(new) == old):
+            changed.append(f"{name} {old} (given: {new})")
+    if changed:
+        raise ValueError(
+            f"resume: the run in {folder} has {', '.join(changed)}; leave these options out, or begin a new run"
+        )
+    if wanted.out is not None and Path(wanted.out).resolve() != Path(folder).resolve():
+        raise ValueError(f"out: a run that is resumed goes on in its own folder, {folder}")
+    free = {name: getattr(wanted, name) for name in named & set(FREE)}
+    return dataclasses.replace(saved, **free, out=os.fspath(folder))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -18,15 +18,24 @@ SECONDS_BETWEEN_LINES = 0.5
 class Progress:
     """Shows epochs, samples per second, the time that remains and the latest figures.
 
-    ``samples`` is the number of rows of one epoch; a run may end before ``epochs``.
+    ``samples`` is the number of rows of one epoch; a run may end before ``epochs``. Of a run that was resumed,
+    ``epoch`` epochs and ``rows`` rows in all were done before.
     """
 
-    def __init__(self, epochs: int, samples: int, enabled: bool = True, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        samples: int,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        epoch: int = 0,
+        rows: int = 0,
+    ) -> None:
         self._epochs, self._samples = epochs, samples
         self._stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (pythonw has no standard error)
         self._started = time.perf_counter()
-        self._done = 0
-        self._epoch = 0
+        self._before = self._done = rows
+        self._epoch = epoch
         self._last_line = float("-inf")
         self._pending = ""
         self._bar: Any = None
@@ -34,6 +43,7 @@ class Progress:
         if enabled and self._stream.isatty():
             self._lines = False
             self._bar, self._task = _terminal_bar(self._stream, epochs * samples, epochs)
+            self._bar.update(self._task, completed=rows, epoch=epoch)
             self._bar.start()
 
     def advance(self, rows: int) -> None:
@@ -63,8 +73,8 @@ class Progress:
 
     @property
     def samples_per_second(self) -> float:
-        """The rate since the run began."""
-        return self._done / max(time.perf_counter() - self._started, 1e-9)
+        """The rate since the run began, or was resumed."""
+        return (self._done - self._before) / max(time.perf_counter() - self._started, 1e-9)
 
     def _remaining(self) -> float:
         """Seconds to the end at the present rate."""

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
 from .averaging import EMA
-from .failures import BrokenData, DeviceLost, Diverged
+from .checkpoint import LOCK, Checkpoints, interval, listed
+from .failures import BrokenData, DeviceLost, Diverged, Terminated
 from .fitting import Callback
 from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
@@ -32,6 +33,8 @@ from .regularizers import ElasticNet
 from .training import Trainer
 
 DEFAULT_DROPOUT, DEFAULT_SMOOTHING, DEFAULT_SCHEDULE = 0.3, 0.05, "cosine"
+DEFAULT_CHECKPOINTS, NEVER = "60 seconds", "never"
+OPTIONS, CHECKPOINTS = "options.toml", "checkpoints"  # what a run folder has from the start
 DEFAULT_LR = {"adam": 2e-3, "adamw": 2e-3}
 
 
@@ -90,17 +93,20 @@ class Run:
     """A run that has been checked and is ready to start.
 
     Making one reads the data and prepares every part of it, so that whatever is wrong shows before the training. It
-    leaves nothing on the disk. ``raw``: the data, where another run with the same ones has read them.
+    leaves nothing on the disk. ``raw``: the data, where another run with the same ones has read them. With ``resume``
+    it is the run in the folder ``given.out``, which goes on.
     """
 
     in_pieces = False  # whether the data set is a `Stream`
     _confused: tuple[Any, ...]  # the true classes, those they were taken for, and how often where it is not once each
 
-    def __init__(self, given: TrainOptions, raw: Any = None) -> None:
+    def __init__(self, given: TrainOptions, raw: Any = None, resume: bool = False) -> None:
         self.options = _resolved(given)
+        self.resume = resume
+        self.folder = _new_folder(given.data) if given.out is None else Path(given.out)
         self._early_stopping = None if self.options.patience is None else EarlyStopping(self.options.patience)
-        if self.options.out is not None:
-            _remove_empty(_make(Path(self.options.out)))  # before the data are read: can there be such a folder?
+        if given.out is not None and not resume:
+            _remove_empty(_make(self.folder))  # before the data are read: can there be such a folder?
         self.raw = raw = self._read() if raw is None else raw
         self._resolve_task(raw)
         self._check_whole(raw)
@@ -214,30 +220,69 @@ class Run:
     def start(self) -> Result:
         """Train, then write the run folder. What was learned is written too when a run is interrupted or diverges."""
         chosen = self.options
-        self.folder = _new_folder(chosen.data) if chosen.out is None else Path(chosen.out)
-        created = _make(self.folder)
+        if chosen.out is None:
+            self.folder = _new_folder(chosen.data)  # another run may have taken the name since
+        created = [] if self.resume else _make(self.folder)
+        checkpoints, resume = self._checkpoints()
         failed: Diverged | DeviceLost | BrokenData | None = None
         try:
-            history = self.fit(logs.of(chosen.log, self.folder), chosen.progress)
+            if not self.resume:
+                self._write_options()
+            self.model.describe()
+            history = self.fit(logs.of(chosen.log, self.folder), chosen.progress, checkpoints, resume)
         except (Diverged, DeviceLost, BrokenData) as error:
             if error.history is None or not len(error.history):
-                _remove_empty(created)
+                self._take_back(created)
                 raise
             failed, history = error, error.history
+        except Terminated:
+            raise
         except BaseException:
-            _remove_empty(created)
+            self._take_back(created)
             raise
         try:
             result = self._write(history)
         except BaseException:
-            _remove_empty(created)  # only if nothing at all could be written
+            self._take_back(created)  # only if nothing at all could be written
             raise
         if failed is not None:
             raise type(failed)(f"{failed}; the model of the last good epoch is in {self.folder}", history)
         return result
 
-    def fit(self, callbacks: Sequence[Callback], progress: bool) -> History:
-        """Train alone: nothing is written but by the callbacks."""
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint in the run folder, if there is one."""
+        found = listed(self.folder / CHECKPOINTS)
+        return found[-1] if found else None
+
+    def _checkpoints(self) -> tuple[Checkpoints | None, bool | Path]:
+        """What `Trainer.fit` takes as ``checkpoints`` and as ``resume``."""
+        chosen, place = self.options, self.folder / CHECKPOINTS
+        if chosen.checkpoint_every == NEVER:
+            return None, place if self.resume and self.checkpoint else False
+        return Checkpoints(place, str(chosen.checkpoint_every), chosen.checkpoint_keep), self.resume
+
+    def _write_options(self) -> None:
+        chosen = replace(self.options, data=_from_anywhere(self.options.data))  # to be resumed from anywhere
+        tensorfile.write_bytes(self.folder / OPTIONS, options.to_toml(chosen).encode())
+
+    def _take_back(self, created: list[Path]) -> None:
+        """Leave no folder behind of a new run of which nothing is worth keeping."""
+        if self.resume or self.checkpoint or {path.name for path in self.folder.iterdir()} - {OPTIONS, CHECKPOINTS}:
+            return
+        place = self.folder / CHECKPOINTS
+        (self.folder / OPTIONS).unlink(missing_ok=True)
+        (place / LOCK).unlink(missing_ok=True)
+        _remove_empty([place, *created] if place.exists() else created)
+
+    def fit(
+        self,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        checkpoints: Checkpoints | None = None,
+        resume: bool | Path = False,
+    ) -> History:
+        """Train alone: nothing is written but by the callbacks, and the checkpoints."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "training was interrupted")  # the command line says it in its own way
             return self.trainer.fit(
@@ -248,12 +293,14 @@ class Run:
                 progress=progress,
                 early_stopping=self._early_stopping,
                 callbacks=callbacks,
+                checkpoints=checkpoints,
+                resume=resume,
             )
 
     def _write(self, history: History) -> Result:
         """The files of the run folder, the model first: whatever happens then, what was learned is there."""
         self.model.save(self.folder / "model.safetensors")
-        tensorfile.write_bytes(self.folder / "options.toml", options.to_toml(self.options).encode())
+        self._write_options()
         with np.errstate(all="ignore"):  # the square of a huge target; the figure then says inf
             figures = self._judge()
         record = {**history.to_dict(), "figures": figures}
@@ -324,9 +371,24 @@ def _resolved(given: TrainOptions) -> TrainOptions:
         chosen.dropout = 0.0 if full_batch or not chosen.hidden_sizes else DEFAULT_DROPOUT
     if chosen.schedule is None:
         chosen.schedule = "constant" if full_batch else DEFAULT_SCHEDULE
+    if chosen.checkpoint_every is None:
+        chosen.checkpoint_every = NEVER if full_batch else DEFAULT_CHECKPOINTS
+    elif full_batch and chosen.checkpoint_every != NEVER:
+        raise ValueError(f"checkpoint_every: a run of L-BFGS cannot be resumed; leave it out, or say {NEVER}")
+    if chosen.checkpoint_every != NEVER:
+        _named("checkpoint_every", interval, chosen.checkpoint_every)
+    checks.integer("checkpoint_keep", chosen.checkpoint_keep, 1)
     if chosen.lr is None:
         chosen.lr = DEFAULT_LR.get(chosen.optimizer)
     return chosen
+
+
+def _named(option: str, check: Callable[[str], Any], value: str) -> None:
+    """Check a value whose errors go by another name."""
+    try:
+        check(value)
+    except ValueError as error:
+        raise ValueError(f"{option}: {str(error).partition(': ')[2]}, or {NEVER}") from None
 
 
 def _optimizer(chosen: TrainOptions) -> optimizers.Optimizer:

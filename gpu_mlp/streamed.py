@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data, folders, piecewise, runs
+from . import checkpoint, checks, data, folders, piecewise, runs
 from .failures import BrokenData
 from .model import Model
 from .options import TrainOptions
@@ -79,11 +79,22 @@ def opened(
     return data.load(source, target, folder, require_target=require_target)
 
 
-def make(given: TrainOptions, raw: RawData | Stream | None = None) -> Run:
-    """The run that the options and the size of the data ask for; ``raw``: the data, where another run has them."""
+def make(given: TrainOptions, raw: RawData | Stream | None = None, resume: bool = False) -> Run:
+    """The run that the options and the size of the data ask for; ``raw``: the data, where another run has them.
+
+    With ``resume`` it is the run in the folder ``given.out``, which reads its data as it did before.
+    """
     if raw is not None:
         return StreamRun(given, raw) if isinstance(raw, Stream) else Run(given, raw)
-    return StreamRun(given) if given.folder is None and in_pieces(given.data, given.memory) else Run(given)
+    before = _as_before(given) if resume else None
+    pieces = given.folder is None and in_pieces(given.data, given.memory) if before is None else before
+    return StreamRun(given, resume=resume) if pieces else Run(given, resume=resume)
+
+
+def _as_before(given: TrainOptions) -> bool | None:
+    """Whether the run that goes on in ``given.out`` read its data in pieces; None where it has no checkpoint."""
+    found = checkpoint.metadata(Path(str(given.out)) / runs.CHECKPOINTS)
+    return None if found is None else bool(found.get("data", {}).get("in_pieces"))
 
 
 def split_stream(stream: Stream, test: float, validation: float, seed: int) -> Parts:

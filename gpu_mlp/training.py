@@ -7,15 +7,19 @@ Leans on `network` for the passes and on `ops` for the update. One update is `Tr
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
-from . import averaging, checks, losses, optimizers, regularizers, schedules
+from . import averaging, checkpoint, checks, losses, optimizers, regularizers, resuming, schedules
 from . import metrics as merits
 from .averaging import EMA
+from .checkpoint import Checkpoints
 from .failures import DeviceLost as DeviceLost
 from .failures import Diverged as Diverged
+from .failures import Terminated as Terminated
 from .feeding import Feed, Parts, Single
 from .fitting import LOOK_EVERY, Callback, Fit
 from .history import EarlyStopping, History
@@ -80,6 +84,7 @@ class Trainer:
         self.schedule = schedules.get(schedule)
         self.clip_norm = None if clip_norm is None else checks.real("clip_norm", clip_norm, 0, open_minimum=True)
         self.accumulate = checks.integer("accumulate", accumulate, 1)
+        self._given_accumulate = self.accumulate  # it grows where memory is short
         self.average = averaging.check(average)
         self.seed = net.seed if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
         self.apply_at_once = self._can_apply_at_once(apply_at_once)
@@ -215,6 +220,8 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         early_stopping: EarlyStopping | None = None,
         metrics: Sequence[str] | None = None,
+        checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> History:
         """Train for ``epochs`` passes over the data and return what happened.
 
@@ -222,8 +229,15 @@ class Trainer:
         validation: the like of ``data``, or the fraction of the data to hold out (stratified where y are labels).
         callbacks: each is called as ``callback(trainer, row)`` after an epoch, and ends the run by returning True.
         metrics: names from accuracy, top_K_accuracy, rmse, r2, worked out on the validation part.
+        checkpoints: `Checkpoints`, or their folder alone: what a run that is killed can be resumed from.
+        resume: True goes on from the newest checkpoint in that folder, in the middle of an epoch if it is of one, to
+        the very bits that the run would have reached; in an empty folder it begins anew. A path names a checkpoint, or
+        a folder of them. The trainer, the data and the arguments have to be those of the run that is resumed; another
+        device is taken with a warning, and more epochs where the schedule does not span the run. A callback that has a
+        method ``rewind`` is told as ``rewind(step)`` how many steps were done.
 
-        Ctrl-C ends the run after the step at hand, with a warning; a second one interrupts at once. A cost that is not
+        Ctrl-C ends the run after the step at hand, with a warning; a second one interrupts at once. With checkpoints
+        SIGTERM ends it too, after a last one, and raises Terminated: a SystemExit of status 143. A cost that is not
         finite raises Diverged; the network then holds the weights from the end of the last good epoch. A GPU that fails
         raises DeviceLost; the network then holds those weights on the CPU. Where weights are averaged, these are the
         averaged ones, at every end.
@@ -236,7 +250,9 @@ class Trainer:
         and a fraction of it that is held out is held out by chunks (`Stream.split`). BrokenData where a file cannot be
         read on; the network then holds the weights from the end of the last whole epoch.
         """
-        fit = Fit(self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics)
+        fit = Fit(
+            self, data, epochs, batch_size, validation, shuffle, callbacks, early_stopping, metrics, checkpoints, resume
+        )
         return fit.run(checks.boolean("progress", progress))
 
     def evaluate(
@@ -297,6 +313,26 @@ class Trainer:
             for figure in figures:
                 figure.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
         return ops.read_state(net._state, Slot.COST)
+
+    # --- files ---
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the weights and all else that further steps depend on to a safetensors file, whole or not at all.
+
+        For a loop of one's own over `step`; `fit` writes its own. Raises Diverged where the weights are not finite.
+        """
+        if self._handed is not None:
+            self._refuse_divergence(self._handed)
+        self._refuse_bad_weights()
+        return checkpoint.write(path, resuming.snapshot(self))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a file that `save` wrote, or from a checkpoint of a `fit`; later steps give the same bits.
+
+        FileNotFoundError where there is no file, ValueError where it is damaged or of a trainer with another network,
+        optimizer, … than this one; nothing is changed then.
+        """
+        resuming.restore(self, checkpoint.read(path, lambda header: resuming.fits(self, header)))
 
     # --- inside ---
 
@@ -421,6 +457,15 @@ class Trainer:
         """Apply no layer's gradient at once any more: micro-batches need one to add up in."""
         self.apply_at_once = False
         self._allocate_gradient()
+
+    def _cut_as(self, accumulate: int, apply_at_once: bool) -> None:
+        """Cut batches into so many micro-batches, as another trainer of the same recipe has come to do."""
+        if apply_at_once != self.apply_at_once:
+            self.apply_at_once = apply_at_once
+            self._allocate_gradient()
+        self.accumulate = accumulate
+        self._forget_lanes()
+        self._recorder.clear()
 
     def _forget_lanes(self) -> None:
         self._works = []

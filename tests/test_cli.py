@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
 import io
 import json
@@ -29,7 +30,7 @@ from gpu_mlp.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 
-FILES = {"model.safetensors", "history.json", "options.toml"}
+FILES = {"model.safetensors", "history.json", "options.toml", "checkpoints"}
 QUICK = ("--epochs", "2", "--hidden", "8", "--no-progress", "--no-plots")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, pipes and devices as POSIX has them")
 
@@ -861,7 +862,8 @@ def test_ctrl_c_ends_a_run_and_keeps_what_was_learned(tmp_path):
     assert process.returncode == 130, err
     assert {path.name for path in (tmp_path / "m").iterdir()} == FILES
     assert "Traceback" not in err
-    assert re.fullmatch(r"\d+ epochs in .* s, interrupted; written to m", err.splitlines()[-1])
+    goes_on = "; gpu-mlp train --resume m goes on from here"
+    assert re.fullmatch(rf"\d+ epochs in .* s, interrupted; written to m{goes_on}", err.splitlines()[-1])
     history = json.loads((tmp_path / "m/history.json").read_text())
     assert history["stopped"] == "interrupted"
     assert 1 <= len(history["epochs"]) < 10**6
@@ -902,15 +904,139 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(cli, monkeypatch):
     assert _snapshot() == {}
 
 
+# --- runs that are resumed ------------------------------------------------------------------------------------------
+
+SLOW = ("train", "--epochs", 40, "--hidden", 8, "--no-plots", "--average", 0.99, "--checkpoint-every", "3 steps")
+
+
+def _model_bytes(folder):
+    return (Path(folder) / "model.safetensors").read_bytes()
+
+
 @posix
-def test_a_run_that_is_killed_leaves_no_half_written_file(tmp_path):
-    with _process(*FOR_EVER, cwd=tmp_path) as process:
+@pytest.mark.parametrize(
+    ("number", "status", "last"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, r"epoch "),
+        (signal.SIGTERM, 143, r"gpu-mlp: terminated; "),
+        (
+            signal.SIGINT,
+            130,
+            r"\d+ epochs in .* s, interrupted; written to m; ",
+        ),
+    ],
+    ids=["killed", "terminated", "interrupted"],
+)
+def test_a_run_that_was_ended_goes_on_to_the_same_model(cli, tmp_path, number, status, last):
+    with _process(*SLOW, "--out", "m", cwd=tmp_path, program=("-c", INTERRUPTIBLE)) as process:
         _wait_for(process, "epoch")
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGTERM
-    assert list((tmp_path / "m").iterdir()) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        process.send_signal(number)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == status, err
+    if number == signal.SIGKILL:
+        assert not err or re.match(last, err.splitlines()[-1])
+    else:
+        assert re.fullmatch(last + "gpu-mlp train --resume m goes on from here", err.splitlines()[-1])
+    assert (tmp_path / "m/options.toml").exists()
+    assert list((tmp_path / "m/checkpoints").glob("step-*.safetensors"))
+    os.chdir(tmp_path)
+    cli.done(*SLOW, "--out", "whole", "--no-progress")
+    err = cli("train", "--resume", "m", "--no-progress")[2]
+    assert re.search(r"^resume: from m/checkpoints/step-\d{9}\.safetensors$", err, re.MULTILINE)
+    assert _model_bytes("m") == _model_bytes("whole")
+    assert json.loads(Path("m/history.json").read_text())["stopped"] == "completed"
+
+
+def test_a_run_folder_without_a_checkpoint_is_begun_anew(cli):
+    cli.done("train", *QUICK, "--checkpoint-every", "never", "--out", "m")
+    assert not Path("m/checkpoints").exists()
+    whole = _model_bytes("m")
+    for name in ("model.safetensors", "history.json"):
+        Path("m", name).unlink()
+    err = cli("train", "--resume", "m", "--checkpoint-every", "1 epoch")[2]
+    assert "resume: m has no checkpoint yet; the run begins anew" in err.splitlines()
+    assert _model_bytes("m") == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--resume", "nothing"), "resume: nothing is no run folder: it has no options.toml"),
+        (("--resume", "m", "--batch-size", 32, "--seed", 3), "resume: the run in m has batch_size 64 (given: 32)"),
+        (("--resume", "m", "--out", "n"), "out: a run that is resumed goes on in its own folder, m"),
+        (("--checkpoint-every", "often"), "checkpoint_every: expected such as '500 steps', '2 epochs' or"),
+        (("--checkpoint-keep", 0), "checkpoint_keep: expected an integer of at least 1, got 0"),
+        (("--optimizer", "lbfgs", "--checkpoint-every", "1 epoch"), "checkpoint_every: a run of L-BFGS cannot be"),
+    ],
+)  # fmt: skip
+def test_a_resume_that_cannot_be_is_refused_in_one_line(cli, arguments, said):
+    cli.done("train", "--epochs", 2, "--hidden", 8, "--no-plots", "--no-progress", "--out", "m")
+    before = _snapshot()
+    assert said in cli.refused("train", *arguments)
+    assert _snapshot() == before
+
+
+def test_other_data_are_refused_by_a_resume(cli):
+    columns = _animals()
+    _write("animals.csv", columns)
+    cli.done("train", "--data", "animals.csv", "--target", "kind", *QUICK, "--out", "m")
+    name = next(name for name, values in columns.items() if name != "kind" and not isinstance(values[0], str))
+    columns[name] = [*columns[name][:-1], columns[name][-1] + 1]
+    _write("animals.csv", columns)
+    before = _snapshot()
+    status, out, err = cli("train", "--resume", "m")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith(
+        "gpu-mlp: resume: the checkpoint is of another run: data.hash: the values are"
+    )
+    assert _snapshot() == before
+
+
+def test_more_epochs_than_the_run_was_begun_with(cli):
+    constant = ("train", "--hidden", 8, "--no-plots", "--no-progress", "--schedule", "constant")
+    cli.done(*constant, "--epochs", 2, "--out", "m")
+    cli.done(*constant, "--epochs", 4, "--out", "whole")
+    cli.done("train", "--resume", "m", "--epochs", 4)
+    assert _model_bytes("m") == _model_bytes("whole")
+    cli.done("train", *QUICK, "--out", "cosine")
+    before = _snapshot()
+    status, out, err = cli("train", "--resume", "cosine", "--epochs", 99)
+    assert (status, out) == (2, "")
+    assert re.match(r"gpu-mlp: resume: epochs was \d+ and is 99 now, but the schedule spans", err.splitlines()[-1])
+    assert _snapshot() == before
+
+
+def test_a_run_can_be_resumed_from_another_folder_and_keeps_its_log(cli, tmp_path, monkeypatch):
+    _write("animals.csv", _animals())
+    arguments = ("train", "--data", "animals.csv", "--target", "kind", *QUICK, "--log", "csv")
+    cli.done(*arguments, "--out", "m", "--checkpoint-every", "1 epoch")
+    log = Path("m/log.csv").read_text().splitlines()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    cli.done("train", "--resume", tmp_path / "m", "--no-progress")
+    assert (tmp_path / "m/log.csv").read_text().splitlines() == log
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_checkpoint_stands(cli, monkeypatch):
+    from gpu_mlp import tensorfile
+
+    cli.done("train", *QUICK, "--out", "whole")
+    honest = tensorfile.write
+
+    def full(path, *arguments):
+        if Path(path).name == "model.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return honest(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tensorfile, "write", full)
+        status, out, err = cli("train", *QUICK, "--out", "m")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == (
+        "gpu-mlp: m/model.safetensors: No space left on device; make room, then: gpu-mlp train --resume m"
+    )
+    cli.done("train", "--resume", "m")
+    assert _model_bytes("m") == _model_bytes("whole")
 
 
 # --- pipes, devices and terminals -----------------------------------------------------------------------------------

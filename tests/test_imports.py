@@ -23,7 +23,7 @@ HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pa
 # may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
-    "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "logs", "notices",
+    "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
     "ops.philox",
 }  # fmt: skip
 ROWS = [
@@ -42,6 +42,7 @@ ROWS = [
     {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},
     {"network"},
+    {"fullbatch", "resuming"},
     {"fitting", "gradcheck"},
     {"training"},
 ]
@@ -52,6 +53,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "ops.philox": set(),
     "checks": set(),
     "failures": {"history"},
+    "checkpoint": {"checks", "history", "tensorfile"},
     "logs": {"checks", "tensorfile"},
 }
 CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}

@@ -30,7 +30,7 @@ from gpu_mlp.training import Diverged, Trainer
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")
 
-FILES = {"model.safetensors", "history.json", "options.toml"}
+FILES = {"model.safetensors", "history.json", "options.toml", "checkpoints"}
 N = 90
 
 
