@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ops.interface import Array, Operations, Staging
+from .ops.interface import Array, Operations, Slot, Staging
 from .streams import Order, ReadAhead
 
 SPARE_BYTES = 64 << 20  # of a device's memory that a resident data set leaves free
@@ -31,6 +31,32 @@ class Buffers:
     def first(self, rows: int) -> Parts:
         """The first rows of each."""
         return self.x[:rows], self.y[:rows], None if self.w is None else self.w[:rows]
+
+
+class Gathered:
+    """The x of a minibatch, whose rows are gathered when they are asked for: by the thread that works on them.
+
+    For a device whose state can be read without waiting.
+    """
+
+    def __init__(self, ops: Operations, source: Array, rows: Array | None, out: Array, cursor: int) -> None:
+        self._ops, self._source, self._rows, self._out, self._cursor = ops, source, rows, out, cursor
+        self.shape = out.shape
+
+    def __len__(self) -> int:
+        """The rows of the minibatch."""
+        return len(self._out)
+
+    def __getitem__(self, part: slice) -> Array:
+        """Some of the rows, (rows, n_0), in the storage type."""
+        out = self._out[part]
+        first = self._cursor + part.indices(len(self))[0]
+        chosen = slice(first, first + len(out))
+        if self._rows is None:
+            self._ops.gather(self._source[chosen], None, out)
+        else:
+            self._ops.gather(self._source, self._rows[chosen], out)
+        return out
 
 
 class Resident:
@@ -73,11 +99,15 @@ class Resident:
 
     def fetch(self, rows: int, state: Array) -> Parts:
         """The minibatch at the state's CURSOR; queues operations alone."""
-        batch = self._buffers.first(rows)
-        for source, out in zip(self._sources, batch):
+        x, y, w = self._buffers.first(rows)
+        sources = self._sources
+        for source, out in zip(sources[1:], (y, w)):
             if source is not None:
                 self._ops.gather(source, self._rows, out, state)
-        return batch
+        if not self._ops.waits:
+            return Gathered(self._ops, sources[0], self._rows, x, int(self._ops.read_state(state, Slot.CURSOR))), y, w
+        self._ops.gather(sources[0], self._rows, x, state)
+        return x, y, w
 
 
 class Streamed:
