@@ -298,7 +298,8 @@ def watch_minibatches(monkeypatch, trainer, see):
 
     def step(feed, rows, cursor, schedule):
         trainer.net._ops.begin_step(0.0, trainer.rounds, cursor, trainer._state)
-        see(*feed.fetch(rows, trainer._state))
+        x, y, w = feed.fetch(rows, trainer._state)
+        see(x[:], y, w)
         honest(feed, rows, cursor, schedule)
 
     monkeypatch.setattr(trainer, "_step", step)
