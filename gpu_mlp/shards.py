@@ -320,8 +320,9 @@ def npz_shard(path: Path, target: str | None, weight: str | None, require_target
 
 def _member_start(stream: io.FileIO, file: File, info: zipfile.ZipInfo, arrays: numpy_files.Npz) -> int:
     """Where the bytes of a member that is not compressed begin; the header in front of it has lengths of its own."""
-    stream.seek(info.header_offset)
-    head = stream.read(30)
+    with untrusted.decoder(arrays.where, "NPZ"):  # a place before the file, or beyond all files
+        stream.seek(info.header_offset)
+        head = stream.read(30)
     if len(head) < 30 or head[:4] != b"PK\x03\x04" or info.flag_bits & 1:
         raise ValueError(f"{arrays.where}: cut short or not a valid NPZ file (no readable {info.filename!r})")
     start = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))

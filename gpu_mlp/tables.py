@@ -10,7 +10,6 @@ import csv
 import functools
 import io
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import checks
 from .readers import Columns, csv_files, parquet_files, rawdata, tabular, untrusted
 from .shards import CHUNK_BYTES, LEAST_CHUNKS, NOWHERE, File, Piece, Room, Shard
 
@@ -72,13 +72,11 @@ class ParquetShard(_Table):
     def __init__(self, path: Path, target: str | None, weight: str | None, require_target: bool) -> None:
         self.files = [File(path)]
         self._arrow = pyarrow(path)
-        with self.files[0].open() as stream, untrusted.decoder(path, "Parquet"):
-            parquet = self._arrow.parquet.ParquetFile(stream)
-            self._metadata, schema = parquet.metadata, parquet.schema_arrow
-            groups = [self._metadata.row_group(g) for g in range(self._metadata.num_row_groups)]
-            lengths = [group.num_rows for group in groups if group.num_rows]
-            self._groups = [g for g, group in enumerate(groups) if group.num_rows]
-        names = [name for name in schema.names if not re.fullmatch(r"__index_level_\d+__", name)]
+        with self.files[0].open() as stream:
+            self._metadata, groups, schema = parquet_files.footer_of(self._arrow, self._arrow.parquet, path, stream)
+        lengths = [group.num_rows for group in groups if group.num_rows]
+        self._groups = [g for g, group in enumerate(groups) if group.num_rows]
+        names = [name for name in schema.names if not parquet_files.INDEX_NAME.fullmatch(name)]
         self._settle(names, target, weight, require_target)
         self._first = [0, *itertools.accumulate(lengths)]
         self.rows = self._first[-1]
@@ -92,15 +90,17 @@ class ParquetShard(_Table):
         return self._first
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
-        group = self._metadata.row_group(self._groups[bisect.bisect_right(self._first, start) - 1])
-        columns = [group.column(j) for j in range(group.num_columns)]
-        offsets = [c.dictionary_page_offset or c.data_page_offset for c in columns]
-        yield self.files[0], min(offsets), sum(c.total_compressed_size for c in columns)
+        at = bisect.bisect_right(self._first, start) - 1
+        size, rows = self.files[0].size, self.rows  # by its share of the rows: where it lies, only its columns know
+        first, last = (self._first[i] * size // rows for i in (at, at + 1))
+        yield self.files[0], first, last - first
 
     def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         at = bisect.bisect_right(self._first, start) - 1
         with self.files[0].open() as stream, untrusted.decoder(self.path, "Parquet"):
-            parquet = self._arrow.parquet.ParquetFile(stream, metadata=self._metadata)
+            parquet = self._arrow.parquet.ParquetFile(
+                stream, metadata=self._metadata, **parquet_files.bounds_of(stream)
+            )
             table = parquet.read_row_group(self._groups[at], columns=self.names, use_threads=False)
         first = self._first[at]
         if table.num_rows != self._first[at + 1] - first:
@@ -153,7 +153,7 @@ class CsvShard(_Table):
             yield from (fields for fields in reader if fields)
         except csv.Error as error:
             where = f"{self.path}, line {lines.number}"
-            raise ValueError(f"{where}: {error}; is a quote left open or not doubled?") from None
+            raise ValueError(f"{where}: {checks.brief(error)}; is a quote left open or not doubled?") from None
 
     def _look_through(self, line: int) -> None:
         """Find the pieces, the rows in each, and what the columns hold."""

@@ -34,9 +34,10 @@ from typing import Any
 
 import numpy as np
 
-from gpu_mlp import MLP, readers
+from gpu_mlp import MLP, BrokenData, Stream, readers
 from gpu_mlp.model import Model
 from gpu_mlp.preprocessing import Labels, Preprocessor, TargetScaler
+from gpu_mlp.streams import as_stored
 
 SECONDS = 1.0  # of the processor, for one file
 CONSTANT = 24 << 20  # bytes of resident memory that libraries may take once, whatever the file
@@ -68,7 +69,7 @@ def samples() -> list[Sample]:
         found = [*_models(folder), *_idx(), *_numpy(), *_tables()]
         with contextlib.suppress(ImportError):
             found += _parquet()
-        return found
+        return [*found, *_streams(found)]
 
 
 def _models(folder: Path) -> Iterator[Sample]:
@@ -152,6 +153,15 @@ def _parquet() -> Iterator[Sample]:
         buffer = io.BytesIO()
         parquet.write_table(table, buffer, **chosen)
         yield Sample(f"{number}.parquet", buffer.getvalue(), "y")
+
+
+def _streams(whole: list[Sample]) -> Iterator[Sample]:
+    """The same files for the readers that take them piece by piece, but for those that have no runs of rows."""
+    for sample in whole:
+        number, kind = sample.name.split(".", 1)
+        whole_only = b"x_train" in sample.content or b"'fortran_order': True" in sample.content
+        if kind in ("npy", "npz", "csv", "tsv", "parquet") and not whole_only:
+            yield Sample(f"{number}.stream.{kind}", sample.content, sample.target)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -343,8 +353,11 @@ def outcome(file: Path, target: str | None) -> str:
     try:
         if file.suffix == ".safetensors":
             return _model_fault(Model.load(file, "cpu")) or "read"
+        if ".stream." in file.name:
+            pieces = Stream(file, target, memory="64MiB", chunk_rows=3).prepared(as_stored).pieces()
+            return next(filter(None, (_fault(readers.RawData(piece.x, piece.y)) for piece in pieces)), "read")
         return _fault(readers.read(file, target)) or "read"
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, BrokenData) as error:
         message = str(error)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]

@@ -39,23 +39,40 @@ def read_parquet(file: Path, target: str | None, require_target: bool) -> RawDat
     return table_of(file, columns, targets, target)
 
 
-def _arrow_table(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> Any:
-    """The whole table of a Parquet stream, its text as dictionaries, once its footer is seen to be of its size."""
+def bounds_of(stream: IO[bytes]) -> dict[str, Any]:
+    """The options of pyarrow's ParquetFile that keep what a footer claims within the size of its file."""
     size = os.fstat(stream.fileno()).st_size
-    bounds: dict[str, Any] = {"thrift_string_size_limit": size, "thrift_container_size_limit": size}
+    return {
+        "thrift_string_size_limit": size,
+        "thrift_container_size_limit": size,
+        "page_checksum_verification": True,
+    }
+
+
+def footer_of(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> tuple[Any, list[Any], Any]:
+    """(footer, its row groups, schema) of a Parquet stream, once they are seen to be of its size and of known types.
+
+    Nothing is asked by column, whose statistics can end the process: pyarrow lets their C++ exceptions through.
+    """
     with decoder(file, "Parquet"):
-        described = parquet.ParquetFile(stream, **bounds)
+        described = parquet.ParquetFile(stream, **bounds_of(stream))
         schema, footer = described.schema_arrow, described.metadata
-        # Not by column, whose statistics can end the process: pyarrow lets their C++ exceptions through.
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         rows = max(footer.num_rows, sum(group.num_rows for group in groups))
         unpacked = max(rows * len(schema.names) * 8, sum(group.total_byte_size for group in groups))
+    size = os.fstat(stream.fileno()).st_size
     check_unpacked(file, size, unpacked, "write it without compression and dictionaries")
     for name, kind in zip(schema.names, schema.types):
         if not INDEX_NAME.fullmatch(name):
             _check_kind(pyarrow, file, name, kind)
+    return footer, groups, schema
+
+
+def _arrow_table(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> Any:
+    """The whole table of a Parquet stream, its text as dictionaries."""
+    _, _, schema = footer_of(pyarrow, parquet, file, stream)
     text = [name for name, kind in zip(schema.names, schema.types) if _is_text(pyarrow, kind)]
-    bounds["page_checksum_verification"] = True
+    bounds = bounds_of(stream)
     with decoder(file, "Parquet"):
         try:
             return parquet.ParquetFile(stream, read_dictionary=text, **bounds).read()
