@@ -244,11 +244,17 @@ def snapshot_fit(fit: Fit, seconds: float, reason: str) -> Snapshot:
         "monitor": fit.history.monitor,
         "columns": columns,
         "best_row": fit.history.best_index,
+        "rounding": _rounding(fit),
         **kept,
     }
     if fit.cursor == 0 and len(rows) and math.isfinite(figure := fit.history.last[fit.history.monitor]):
         found.figure = figure
     return found
+
+
+def _rounding(fit: Fit) -> dict[str, Any]:
+    """What the last bits depend on beside the recipe and the device: whose passes they are, and how a batch is cut."""
+    return {"passes": type(fit.net._ops).__name__, "lanes": fit.trainer._cut(fit.batch_size)[0]}
 
 
 def fits_fit(fit: Fit, header: Mapping[str, Any]) -> dict[str, Expected]:
@@ -282,6 +288,14 @@ def restore_fit(fit: Fit, found: Snapshot) -> str:
     """Put a snapshot, which `fits_fit`, into a fit and its trainer; the reason why that fit is over, or ""."""
     restore(fit.trainer, found)
     saved, tensors = found.header["fit"], found.tensors
+    others = differences(saved["rounding"], _rounding(fit))
+    if others and found.header["device"] == fit.net.device:
+        warnings.warn(
+            f"resume: sums are rounded in another order than before ({'; '.join(others)}): the bits will not be those "
+            f"of a run that was not interrupted",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     fit.began, fit.cursor, fit.seconds = tuple(saved["began"]), saved["cursor"], float(saved["seconds"])
     fit.history.take(saved["columns"], tensors["history"], saved["best_row"])
     fit.good = tensors["good"] if saved["good"] == "kept" else fit.remember(fit.trainer._model())

@@ -202,6 +202,19 @@ def test_on_another_device_with_a_warning(kept_stand_in, emulated_gpu, tmp_path)
     assert history.stopped == "completed"
 
 
+def test_with_sums_in_another_order_with_a_warning(tmp_path, monkeypatch):
+    fit(trainer(), checkpoints=Checkpoints(tmp_path, "2 epochs"))
+    with monkeypatch.context() as patch:
+        patch.setenv("GPU_MLP_NUMBA", "0")
+        without = trainer()
+    with pytest.warns(RuntimeWarning, match=r"passes was 'NumbaOperations' and is 'NumpyOperations' now\): the bits"):
+        assert fit(without, resume=tmp_path).stopped == "completed"
+    more = trainer()
+    monkeypatch.setattr(more.net._ops, "lanes", lambda rows, sizes: (2, -(-rows // 2)))
+    with pytest.warns(RuntimeWarning, match="lanes was 1 and is 2 now"):
+        assert fit(more, resume=tmp_path).stopped == "completed"
+
+
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 

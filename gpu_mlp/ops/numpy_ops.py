@@ -150,7 +150,7 @@ class NumpyOperations(Operations):
                     out.shape, lambda part: np.take(source, rows[part], axis=0, out=out[part], mode="clip")
                 )
                 return
-        for block in _row_blocks(len(out), source[0:1].size):
+        for block in _row_blocks(len(out), 2 * source[0:1].size):  # small ones: several threads may each have a copy
             part = source[slice(first + block.start, first + block.stop) if rows is None else rows[block]]
             out[block] = part.astype(self._compute) * self._compute.type(scale) if scaled else part
 
