@@ -356,6 +356,7 @@ class ReadAhead:
         self._slots = [_Slot(self.like, capacity) for _ in range(count)]
         self._threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._herald: ThreadPoolExecutor | None = None  # announces to the disk what the pool has not come to yet
         self._order: Order | None = None
         self._window = range(0)  # the buffers that are in the slots or on their way there
 
@@ -370,6 +371,7 @@ class ReadAhead:
         if cursor >= order.first[-1]:
             cursor = order.first[-1] - 1  # nothing is left; a look back may follow
         self._order, self._pool = order, ThreadPoolExecutor(self._threads, "gpu-mlp-stream")
+        self._herald = ThreadPoolExecutor(1, "gpu-mlp-stream")
         self._advance(order.buffer_at(cursor))
 
     def take(self, cursor: int, outs: list[NDArray[Any] | None]) -> None:
@@ -410,10 +412,12 @@ class ReadAhead:
     def _fill(self, buffer: int) -> None:
         assert self._order is not None
         assert self._pool is not None
+        assert self._herald is not None
         order, slot, at = self._order, self._slots[buffer % len(self._slots)], 0
         chunks = order.chunks(buffer)
+        self._herald.submit(self._announce, chunks)
         slot.permutation = self._pool.submit(order.permutation, buffer)
-        slot.reading = [self._pool.submit(self._announce, chunks)]
+        slot.reading = []
         for chunk in chunks:
             start, stop = self._stream.chunks[chunk].tolist()
             slot.reading.append(self._pool.submit(self._read, chunk, slot, at))
@@ -435,6 +439,7 @@ class ReadAhead:
 
     def close(self) -> None:
         """Stop reading, and wait for the reads that are under way."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)  # the tasks wait for nothing, so this ends
-        self._pool, self._window = None, range(0)
+        for threads in (self._pool, self._herald):
+            if threads is not None:
+                threads.shutdown(wait=True, cancel_futures=True)  # the tasks wait for nothing, so this ends
+        self._pool, self._herald, self._window = None, None, range(0)
