@@ -130,20 +130,6 @@ def snapshot(trainer: Trainer) -> Snapshot:
     return Snapshot({name: ops.to_host(tensor) for name, tensor in tensors.items()}, header, trainer.rounds)
 
 
-def expected(trainer: Trainer) -> dict[str, Expected]:
-    """The tensors of a snapshot of this trainer."""
-    master = {"float32": "F32", "float64": "F64"}[trainer.net._precision.master]
-    size = trainer.net.layout.size
-    flat = {"theta": True, **{f"moment.{name}": False for name in trainer.moments}}
-    if trainer._averaged is not None:
-        flat["averaged"] = True
-    return {
-        **{name: Expected((size,), (master,), finite) for name, finite in flat.items()},
-        "state": Expected((len(Slot),), ("F64",), False),
-        "plateau": Expected((len(dataclasses.fields(PlateauState)),), ("F64",), False),
-    }
-
-
 def fits(trainer: Trainer, header: Mapping[str, Any]) -> dict[str, Expected]:
     """The tensors that follow from a header; ValueError where it is not of this trainer's recipe."""
     now = recipe(trainer)

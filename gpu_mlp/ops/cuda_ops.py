@@ -131,11 +131,11 @@ class CudaOperations(Operations):
         for state in states[1:]:
             self.copy(states[0], state)
             self.write_state(state, {Slot.COST: 0.0})
+        total, cost = g[0], slice(Slot.COST, Slot.COST + 1)
         for i, (state, gradient) in enumerate(zip(states, g)):
             work(i)
             if i:
-                gradient_of_first, cost = g[0], slice(Slot.COST, Slot.COST + 1)
-                gradient_of_first += gradient
+                total += gradient
                 states[0][cost] += state[cost]
 
     def gather(

@@ -70,21 +70,18 @@ class NumbaOperations(NumpyOperations):
         accumulate: bool,
         state: Array,
     ) -> None:
-        through = self._gradient(f)
+        through = self._gradient(f, dropout)
         if through is None or gb is None:
             super()._through_layer(gh, f, saved, dropout, first, gz_in, gb, accumulate, state)
             return
         read = gz_in if saved is None else saved  # identity's reads nothing
+        masked = dropout if f.name != "relu" else None  # where h was dropped relu's is 0, and gz will be
         if not accumulate:
             gb[...] = 0
 
         def work(rows: slice) -> None:
-            if f.name == "relu":  # where h was dropped it is 0, and g will be: no mask to draw again
-                keep = 1.0 if dropout is None else keep_probability(dropout)
-                kernels.relu_gradient(gz_in[rows], read[rows], gz_in.dtype.type(1 / keep), sums[rows.start])
-                return
-            if dropout is not None:
-                self._drop(gz_in[rows], dropout, first + rows.start, state)
+            if masked is not None:
+                self._drop(gz_in[rows], masked, first + rows.start, state)
             through(gz_in[rows], read[rows], sums[rows.start])
 
         parts = self._parts(gz_in.shape)
@@ -93,12 +90,13 @@ class NumbaOperations(NumpyOperations):
         for part in list(sums.values())[1:]:
             np.add(gb, part, out=gb)
 
-    def _gradient(self, f: Activation) -> Callable[[Array, Array, Array], None] | None:
-        """The kernel that takes gh to gz and adds up its columns. A relu that was dropped has a g of 0 already."""
+    def _gradient(self, f: Activation, dropout: Dropout | None) -> Callable[[Array, Array, Array], None] | None:
+        """The kernel that takes gh to gz and adds up its columns; relu's divides by keep itself."""
         if f.name == "identity":
             return lambda g, h, gb: kernels.column_sums(g, gb)
         if f.name == "relu":
-            return kernels.relu_gradient
+            keep = 1.0 if dropout is None else keep_probability(dropout)
+            return lambda g, h, gb: kernels.relu_gradient(g, h, g.dtype.type(1 / keep), gb)
         if f.name == "gelu" and self._compute == np.float32:
             return kernels.gelu_gradient
         return None
