@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import tensorfile
 from .model import Model
 from .preprocessing import Labels
-from .tables import pyarrow
+from .readers.parquet_files import load_pyarrow
 
 Batches = Iterable[NDArray[Any]]  # of ŷ, (rows, n_L) each
 
@@ -44,7 +44,7 @@ def check_path(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"out: there is no folder {path.parent}")
     if path.suffix == ".parquet":
-        pyarrow("out")
+        load_pyarrow("out")
 
 
 def _columns(model: Model, y_hat: NDArray[Any], shares: bool) -> dict[str, NDArray[Any]]:
@@ -103,7 +103,7 @@ def _arrays(model: Model, batches: Batches, shares: bool) -> Iterator[NDArray[An
 
 
 def _to_parquet(file: IO[bytes], model: Model, batches: Batches, rows: int, shares: bool) -> None:
-    arrow = pyarrow("out")
+    arrow = load_pyarrow("out")
     writer = None
     try:
         for y_hat in batches:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from . import checks
 from .folders import MANIFEST, MANIFEST_FORMAT
-from .tables import pyarrow
+from .readers.parquet_files import load_pyarrow
 
 BLOCK_ROWS = 8192  # each block has a generator of its own, whatever shards and chunks there are
 NOISE_VARIANCE, WRONG = 1 / 9, 0.1
@@ -131,7 +131,7 @@ def write(
     if not folder.parent.is_dir():
         raise ValueError(f"out: there is no folder {folder.parent}")
     if kind == "parquet":
-        pyarrow("format")
+        load_pyarrow("format")
     _check_room(data, folder, kind)
     with _unfinished(folder) as partial:
         done, entries = 0, []
@@ -245,7 +245,7 @@ def _columns(data: Synthetic) -> list[str]:
 
 @contextmanager
 def _parquet(folder: Path, name: str, rows: int, data: Synthetic) -> Iterator[Sink]:
-    arrow = pyarrow("format")
+    arrow = load_pyarrow("format")
     types = [arrow.float32()] * data.features + [arrow.from_numpy_dtype(data.y_dtype)]
     schema = arrow.schema(list(zip(_columns(data), types)))
     options = {"use_dictionary": False, "compression": "none"}  # noise does not pack

@@ -53,17 +53,6 @@ class _Table(Shard):
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
-def pyarrow(what: object) -> Any:
-    """pyarrow with its readers of Parquet and CSV; a ValueError that says how to get it."""
-    try:
-        import pyarrow  # type: ignore[import-untyped, unused-ignore]
-        import pyarrow.csv
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{what}: Parquet needs pyarrow; pip install 'gpu-mlp[data]'") from None
-    return pyarrow
-
-
 class ParquetShard(_Table):
     """A Parquet file; its row groups are what is read at once."""
 
@@ -71,9 +60,9 @@ class ParquetShard(_Table):
 
     def __init__(self, path: Path, target: str | None, weight: str | None, require_target: bool) -> None:
         self.files = [File(path)]
-        self._arrow = pyarrow(path)
+        self._arrow = parquet_files.load_pyarrow(path)
         with self.files[0].open() as stream:
-            self._metadata, groups, schema = parquet_files.footer_of(self._arrow, self._arrow.parquet, path, stream)
+            self._metadata, groups, schema = parquet_files.footer_of(self._arrow, path, stream)
         lengths = [group.num_rows for group in groups if group.num_rows]
         self._groups = [g for g, group in enumerate(groups) if group.num_rows]
         names = [name for name in schema.names if not parquet_files.INDEX_NAME.fullmatch(name)]
@@ -267,7 +256,7 @@ class CsvShard(_Table):
 @functools.cache
 def _arrow_or_none() -> Any:
     try:
-        return pyarrow("")
+        return parquet_files.load_pyarrow("")
     except ValueError:
         return None
 

@@ -16,14 +16,21 @@ from .untrusted import check_unpacked, decoder
 INDEX_NAME = re.compile(r"__index_level_\d+__")  # what pandas calls an index that has no name
 
 
-def read_parquet(file: Path, target: str | None, require_target: bool) -> RawData:
+def load_pyarrow(what: object) -> Any:
+    """pyarrow with its readers of Parquet and CSV; a ValueError that says how to get it."""
     try:
         import pyarrow  # type: ignore[import-untyped, unused-ignore]
-        from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
+        import pyarrow.csv
+        import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{file}: Parquet needs pyarrow; pip install 'gpu-mlp[data]'") from None
+        raise ValueError(f"{what}: Parquet needs pyarrow; pip install 'gpu-mlp[data]'") from None
+    return pyarrow
+
+
+def read_parquet(file: Path, target: str | None, require_target: bool) -> RawData:
+    pyarrow = load_pyarrow(file)
     with file.open("rb") as stream:
-        table = _arrow_table(pyarrow, parquet, file, stream)
+        table = _arrow_table(pyarrow, file, stream)
     # A pandas table keeps its unnamed index as a column: a row number, not a feature.
     names = [name for name in table.column_names if not INDEX_NAME.fullmatch(name)]
     check_names(file, names)
@@ -49,13 +56,13 @@ def bounds_of(stream: IO[bytes]) -> dict[str, Any]:
     }
 
 
-def footer_of(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> tuple[Any, list[Any], Any]:
+def footer_of(pyarrow: Any, file: Path, stream: IO[bytes]) -> tuple[Any, list[Any], Any]:
     """(footer, its row groups, schema) of a Parquet stream, once they are seen to be of its size and of known types.
 
     Nothing is asked by column, whose statistics can end the process: pyarrow lets their C++ exceptions through.
     """
     with decoder(file, "Parquet"):
-        described = parquet.ParquetFile(stream, **bounds_of(stream))
+        described = pyarrow.parquet.ParquetFile(stream, **bounds_of(stream))
         schema, footer = described.schema_arrow, described.metadata
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         rows = max(footer.num_rows, sum(group.num_rows for group in groups))
@@ -68,16 +75,16 @@ def footer_of(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> tupl
     return footer, groups, schema
 
 
-def _arrow_table(pyarrow: Any, parquet: Any, file: Path, stream: IO[bytes]) -> Any:
+def _arrow_table(pyarrow: Any, file: Path, stream: IO[bytes]) -> Any:
     """The whole table of a Parquet stream, its text as dictionaries."""
-    _, _, schema = footer_of(pyarrow, parquet, file, stream)
+    _, _, schema = footer_of(pyarrow, file, stream)
     text = [name for name, kind in zip(schema.names, schema.types) if _is_text(pyarrow, kind)]
     bounds = bounds_of(stream)
     with decoder(file, "Parquet"):
         try:
-            return parquet.ParquetFile(stream, read_dictionary=text, **bounds).read()
+            return pyarrow.parquet.ParquetFile(stream, read_dictionary=text, **bounds).read()
         except (NotImplementedError, OSError):  # broken, or of an encoding that pyarrow makes no dictionary of
-            return parquet.ParquetFile(stream, **bounds).read()
+            return pyarrow.parquet.ParquetFile(stream, **bounds).read()
 
 
 def _check_kind(pyarrow: Any, file: Path, name: str, kind: Any) -> Any:
