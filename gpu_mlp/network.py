@@ -213,6 +213,11 @@ class MLP:
 
         self._ops.side_by_side(work_through, [lane.state for lane in lanes], [lane.g for lane in lanes])
 
+    def _passes(self, lanes: Sequence[Lane], rows: int) -> int:
+        """How often `_differentiate` calls the first lane's sink for a layer; 0 where other lanes run beside it."""
+        passes = -(-max(1, rows) // lanes[0].work.rows)
+        return passes if min(passes, len(lanes)) == 1 else 0
+
     # --- what it computes for a user ---
 
     def forward(self, x: Any) -> Array:

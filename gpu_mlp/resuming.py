@@ -75,17 +75,22 @@ def told(value: Any) -> Any:
     return {"rule": type(value).__name__, **{name: told(part) for name, part in named.items()}}
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    prefix: str = "",
+    words: tuple[str, str, str] = ("was", "and is", "now"),
+) -> list[str]:
     """Every value that is not the same in two recipes, as "batch_size was 64 and is 128 now"."""
     found = []
     for name in {**was, **now}:
         old, new = was.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("rule") == new.get("rule"):
-            found += differences(old, new, f"{prefix}{name}.")
+            found += differences(old, new, f"{prefix}{name}.", words)
         elif old != new and name == "hash":
             found.append(f"{prefix}{name}: the values are others")
         elif old != new:
-            found.append(f"{prefix}{name} was {_short(old)} and is {_short(new)} now")
+            found.append(f"{prefix}{name} {words[0]} {_short(old)} {words[1]} {_short(new)} {words[2]}")
     return found
 
 
@@ -114,7 +119,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
         "theta": net._theta,
         "state": trainer._state,
         "plateau": np.array(plateau, np.float64),
-        **{f"moment.{name}": moment for name, moment in trainer.moments.items()},
+        **{f"moment.{name}": trainer._whole_moment(moment) for name, moment in trainer.moments.items()},
     }
     if trainer._averaged is not None:
         tensors["averaged"] = trainer._averaged
@@ -178,7 +183,7 @@ def restore(trainer: Trainer, found: Snapshot) -> None:
     ops.copy(tensors["theta"], net._theta)
     ops.copy(tensors["state"], trainer._state)
     for name, moment in trainer.moments.items():
-        ops.copy(tensors[f"moment.{name}"], moment)
+        trainer._take_moment(tensors[f"moment.{name}"], moment)
     if trainer._averaged is not None:
         ops.copy(tensors["averaged"], trainer._averaged)
     if net._shadow is not None:

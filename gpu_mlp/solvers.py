@@ -265,7 +265,7 @@ class Descent(Trainer):
             self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
         self.rounds += 1
 
-    def _begin_cost(self, y: Array, w: Array | None) -> None:
+    def _begin_cost(self, y: Array, w: Array | None, rows: int) -> None:
         """λΩ(θ) as scikit-learn counts it; what L is divided by is in the state already."""
         penalty = self.objective.penalty_value(self._total)
         if penalty is not None:
@@ -343,7 +343,7 @@ class _FullBatch:
 
     def __init__(self, net: MLP, objective: Objective, rows: Rows, rule: LBFGS) -> None:
         self._net, self._objective, self._rows = net, objective, rows
-        self._trainer = Trainer(net, objective.loss, rule, L2(objective.alpha))
+        self._trainer = Trainer(net, objective.loss, rule, L2(objective.alpha), parallel=False)
         self._total = rows.total()
         self._constant = rows.constant(objective)
         self._x = rows.whole()

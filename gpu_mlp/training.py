@@ -6,15 +6,19 @@ Leans on `network` for the passes and on `ops` for the update. One update is `Tr
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from . import averaging, checkpoint, checks, losses, optimizers, regularizers, resuming, schedules
 from . import metrics as merits
+from . import parallel as parallels
 from .averaging import EMA
 from .checkpoint import Checkpoints
 from .failures import DeviceLost as DeviceLost
@@ -29,6 +33,9 @@ from .network import MLP
 from .notices import say_once
 from .ops.interface import Array, Dropout, Recorder, Slot
 from .optimizers import LBFGS, SGD, Optimizer
+from .parallel import Parallel, ranks
+from .parallel.ranks import MPIRanks
+from .parallel.reduction import Reduction
 from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
 from .regularizers import ElasticNet
@@ -57,6 +64,11 @@ class Trainer:
     and a `fit` leaves them in the network at its end, as Keras and Lightning do; so a model that is saved has them. The
     cost is of the weights that are trained. In a loop of one's own over `step`, see `averaged_weights`.
 
+    parallel: whether the processes that mpiexec or srun started train together: True, or `Parallel` with options; None
+    means where the program was started so with mpi4py, False never. Every rank is given the same batches and data, and
+    works on its part of each; the update is that of one rank, up to the order of sums. The ranks have to make the same
+    calls of `step`, `fit`, `save` and `restore`; the first one writes what there is to write.
+
     A trainer goes on where it stopped: a second `fit` continues moments, averages, step number and shuffles.
     """
 
@@ -73,6 +85,7 @@ class Trainer:
         graph: bool | None = None,
         seed: int | None = None,
         average: EMA | None = None,
+        parallel: Parallel | bool | None = None,
     ) -> None:
         if not isinstance(net, MLP):
             raise TypeError(f"net: expected an MLP, got {type(net).__name__}")
@@ -86,6 +99,8 @@ class Trainer:
         self.accumulate = checks.integer("accumulate", accumulate, 1)
         self._given_accumulate = self.accumulate  # it grows where memory is short
         self.average = averaging.check(average)
+        self.parallel = parallels.check(parallel)
+        self.ranks = ranks.join(None if parallel is None else parallel is not False)
         self.seed = net.seed if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
         self.apply_at_once = self._can_apply_at_once(apply_at_once)
         self._may_store = apply_at_once is None
@@ -94,9 +109,10 @@ class Trainer:
         self.rounds = 0  # steps begun, over all fits
         self.plateau = PlateauState()
         self._works: list[Workspace] = []
-        self._lanes_for: dict[int, list[Lane]] = {}  # by the rows of a batch
+        self._lanes_for: dict[int, list[Lane]] = {}  # by this rank's rows of a batch
         self._handed: Single | None = None
         self._recipe: tuple[Any, ...] = ()
+        self._agreed = False  # whether the ranks have seen that they were started alike
         self._check_full_batch()
         self._allocate()
 
@@ -113,11 +129,14 @@ class Trainer:
             raise ValueError("optimizer: L-BFGS works on the whole data set; use fit, not step")
         ops = self.net._ops
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss, look=False)
+        self._agree()
         self.net._refresh()
+        rows, own = len(x), self.ranks.part(len(x))
+        x, y, w = x[own], y[own], None if w is None else w[own]
         feed = self._single(x, y, w)
-        with self._tuned(len(x)):
+        with self._tuned(rows):
             feed.put(x, y, w)
-            self._step(feed, len(x), 0, self.schedule)
+            self._step(feed, rows, 0, self.schedule)
         if not ops.waits or self.rounds % LOOK_EVERY == 0:
             self._refuse_divergence(feed)
         if self.rounds % LOOK_EVERY == 0:  # until then the next cost tells
@@ -132,32 +151,52 @@ class Trainer:
         return self._handed
 
     def _step(self, feed: Feed, rows: int, cursor: int, schedule: Schedule) -> None:
-        """One update on the minibatch that ``feed`` has ready: all of it is recorded but for a few numbers."""
+        """One update on the minibatch that ``feed`` has ready: all of it is recorded but for a few numbers.
+
+        rows: of the whole minibatch, of which ``feed`` has this rank's part.
+        """
         self._forget_other_recipes()
-        self.net._ops.begin_step(self._scheduled_rate(schedule), self.rounds, cursor, self._state)
+        first = cursor + self.ranks.part(rows).start
+        self.net._ops.begin_step(self._scheduled_rate(schedule), self.rounds, first, self._state)
         self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
         self.rounds += 1
 
     def _work_through(self, feed: Feed, rows: int) -> None:
         """The passes over every micro-batch of a minibatch, then the rule. Queues operations, and looks at none."""
         net, ops, state = self.net, self.net._ops, self._state
-        x, y, w = feed.fetch(rows, state)
-        self._begin_cost(y, w)
-        net._differentiate(x, y, w, self.loss, self._lanes(rows), self._dropout)
+        own = self.ranks.part(rows)
+        x, y, w = feed.fetch(own.stop - own.start, state)
+        lanes = self._lanes(own.stop - own.start)
+        self._begin_cost(y, w, rows)
+        if self._reduction is not None:
+            self._reduction.begin(net._passes(lanes, own.stop - own.start))
+        net._differentiate(x, y, w, self.loss, lanes, lambda first: self._dropout(own.start + first))
+        if self._reduction is not None:
+            self._reduction.finish(state)
         self._update()
         self._average()
         ops.finish_step(rows, state)
 
-    def _begin_cost(self, y: Array, w: Array | None) -> None:
-        """What a batch's L is divided by, and λΩ(θ) in its cost."""
-        self.net._ops.total_weight(self.loss, y, w, self._state)
-        if self.regularizer is not None:
-            self.net._ops.penalty(self.net._theta, self._penalised, self.regularizer, self._state)
+    def _begin_cost(self, y: Array, w: Array | None, rows: int) -> None:
+        """What a batch's L is divided by, and λΩ(θ) in its cost; of ``rows`` rows this rank has y and w of its own."""
+        net, ops, state, reduction = self.net, self.net._ops, self._state, self._reduction
+        if reduction is None:
+            ops.total_weight(self.loss, y, w, state)
+        elif w is None and getattr(self.loss, "class_weight", None) is None:
+            ops.write_state(state, {Slot.TOTAL_WEIGHT: rows})
+        else:
+            ops.total_weight(self.loss, y, w, state)
+            reduction.exchange.sum_state(state, Slot.TOTAL_WEIGHT)
+        if self.regularizer is not None and self.ranks.first:  # it is in the sum of the ranks' costs once
+            ops.penalty(net._theta, self._penalised, self.regularizer, state)
 
     def _update(self) -> None:
         """Hand the gradient to the optimizer: all of it, or only the biases' where the weights have had theirs."""
         net, ops, state, n = self.net, self.net._ops, self._state, self._penalised
         theta, shadow = net._theta, net._shadow
+        if self._reduction is not None and self._reduction.sharded:
+            self._update_slices(self._reduction)
+            return
         if self.apply_at_once:
             theta, n = theta[net.layout.n_weights :], max(0, n - net.layout.n_weights)
             shadow = None if shadow is None else shadow[net.layout.n_weights :]
@@ -167,6 +206,24 @@ class Trainer:
             theta, self._g, list(self.moments.values()), self.optimizer, net.layout, n,
             self.regularizer, self.clip_norm, shadow, state,
         )  # fmt: skip
+
+    def _update_slices(self, reduction: Reduction) -> None:
+        """Hand the optimizer what this rank has of the gradient, and send θ on to the other ranks."""
+        net, ops, state, n = self.net, self.net._ops, self._state, self._penalised
+        theta, shadow, g = net._theta, net._shadow, self._g
+        if self.clip_norm is not None or net._precision.loss_scaled:
+            ops.gradient_norm(theta, g, n, self.regularizer, state, [part for part, _ in reduction.mine])
+            reduction.exchange.sum_state(state, Slot.GRADIENT_NORM, squares=True)
+        for part, kept in reduction.mine:
+            moments = [moment[kept] for moment in self.moments.values()]
+            ops.update(
+                theta[part], g[part], moments, self.optimizer, net.layout.within(part),
+                max(0, min(n, part.stop) - part.start), self.regularizer, self.clip_norm,
+                None if shadow is None else shadow[part], state,
+            )  # fmt: skip
+        reduction.exchange.gather(theta)
+        if shadow is not None and self.ranks.size > 1:
+            ops.copy(theta, shadow)
 
     def _descend(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
         """The sink that applies a layer's gradient at once."""
@@ -341,6 +398,7 @@ class Trainer:
             "the optimizer is not plain SGD": not (isinstance(self.optimizer, SGD) and self.optimizer.plain),
             "clip_norm needs the whole gradient first": self.clip_norm is not None,
             "accumulate needs a stored gradient": self.accumulate > 1,
+            "ranks that train together sum the gradient up first": self.ranks is not ranks.ALONE,
             "float16's loss scaling needs the whole gradient first": self.net._precision.loss_scaled,
         }
         reasons = [reason for reason, stands in obstacles.items() if stands]
@@ -370,7 +428,8 @@ class Trainer:
         net, ops = self.net, self.net._ops
         master = net._precision.master_dtype
         self._allocate_gradient()
-        self.moments = {name: ops.zeros(net.layout.size, master) for name in self.optimizer.moments}
+        kept = net.layout.size if self._reduction is None else self._reduction.size
+        self.moments = {name: ops.zeros(kept, master) for name in self.optimizer.moments}
         for name, moment in self.moments.items():
             moment[...] = self.optimizer.initial(name)
         self._averaged = None if self.average is None else ops.zeros(net.layout.size, master)
@@ -388,16 +447,60 @@ class Trainer:
         self._g = ops.zeros(net.layout.size - first, net._precision.master_dtype)
         self._gb = net.layout.biases(self._g, first)
         self._sink = self._descend if self.apply_at_once else net._store(net.layout.weights(self._g))
+        self._reduction: Reduction | None = None
+        if isinstance(self.ranks, MPIRanks):
+            options = self.parallel if isinstance(self.parallel, Parallel) else Parallel()
+            self._reduction = Reduction(ops, self.ranks, net.layout, self._g, self.optimizer, options)
+            self._sink = self._reduction.watched(self._sink)
+
+    def _agree(self) -> None:
+        """See that all ranks train the same network in the same way, and give them the first one's weights; once."""
+        if self._agreed or self.ranks.size == 1:
+            return
+        self._agreed = True
+        self.refuse_differences(resuming.recipe(self))
+        self._share_weights()
+
+    def refuse_differences(self, recipe: Mapping[str, Any]) -> None:
+        """ValueError where another rank has another ``recipe``, which names the differences."""
+        first, *others = map(json.loads, self.ranks.texts(json.dumps(recipe)))
+        for rank, other in enumerate(others, 1):
+            if found := resuming.differences(first, other, "", ("is", "on rank 0 and", f"on rank {rank}")):
+                raise ValueError(f"parallel: the ranks were not started alike: {'; '.join(found)}")
+
+    def _share_weights(self) -> None:
+        """θ ← that of the first rank."""
+        net, ops = self.net, self.net._ops
+        theta = np.array(ops.to_host(net._theta))
+        self.ranks.broadcast(theta)
+        ops.copy(theta, net._theta)
+        if net._shadow is not None:
+            ops.copy(net._theta, net._shadow)
+
+    def _whole_moment(self, moment: Array) -> Array:
+        """A moment of all of θ; where ranks have slices of it the first one has it then, and the others nothing."""
+        reduction = self._reduction
+        if reduction is None or not reduction.sharded:
+            return moment
+        return reduction.whole(self.net._ops, moment, self.net.layout.size)
+
+    def _take_moment(self, whole: Array, out: Array) -> None:
+        """A moment of this trainer ← that of all of θ."""
+        if self._reduction is None:
+            self.net._ops.copy(whole, out)
+        else:
+            self._reduction.take(self.net._ops, whole, out)
 
     def _lanes(self, rows: int) -> list[Lane]:
-        """What a batch of ``rows`` rows is worked through with; in more micro-batches if memory is short."""
+        """What ``rows`` rows are worked through with; in more micro-batches if memory is short."""
         if rows not in self._lanes_for:
             self._lanes_for[rows] = self._make_lanes(rows)
         return self._lanes_for[rows]
 
     def _tuned(self, rows: int) -> AbstractContextManager[None]:
-        """A context for steps on batches of ``rows`` rows."""
-        lanes = self._lanes(rows)
+        """A context for steps on batches of ``rows`` rows, of which this rank has its part."""
+        own = self.ranks.part(rows)
+        lanes = self._lanes(own.stop - own.start)
         return self.net._ops.tuned_for(self.net._largest_gemm(lanes[0].work.rows), len(lanes))
 
     def _make_lanes(self, rows: int) -> list[Lane]:
@@ -513,6 +616,7 @@ class Trainer:
             what = "the cost or the gradient is not finite"
         else:
             where = self._where_not_finite(feed, *found, bad - 1)
+            where = next(filter(None, self.ranks.texts(where)), "")
             what = f"the {'cost' if where else 'gradient'} is not finite{where}"
         raise Diverged(f"step {bad}: {what}; the last good weights are kept ({ADVICE})")
 
@@ -528,14 +632,16 @@ class Trainer:
     def _where_not_finite(self, feed: Feed, cursor: int, rows: int, round: int, work: Workspace | None = None) -> str:
         """Which layer's values leave the finite numbers first on a minibatch, worked through once more."""
         net, ops, state = self.net, self.net._ops, self._state
-        ops.begin_step(0.0, round, cursor, state)
-        x, y, w = feed.fetch(rows, state)
-        self._begin_cost(y, w)
+        own = self.ranks.part(rows)
+        ops.begin_step(0.0, round, cursor + own.start, state)
+        x, y, w = feed.fetch(own.stop - own.start, state)
+        self._begin_cost(y, w, rows)
+        rows = own.stop - own.start
         work = work or self._lanes(rows)[0].work
         for start in range(0, rows, work.rows):
             part = work.first(min(work.rows, rows - start))
             part.h[0] = net._input(x[start : start + part.rows])
-            net._forward(part, net.fuses(self.loss), self._dropout(start), state)
+            net._forward(part, net.fuses(self.loss), self._dropout(own.start + start), state)
             for l, h in enumerate(part.h[1:]):
                 if not ops.all_finite(h):
                     return f", first in layer {l}"

@@ -17,13 +17,14 @@ import gpu_mlp
 
 PACKAGE = Path(gpu_mlp.__file__).parent
 HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pandas", "pyarrow", "torch", "ml_dtypes",
-         "safetensors", "threadpoolctl", "tensorboardX", "optuna")  # fmt: skip
+         "safetensors", "threadpoolctl", "tensorboardX", "optuna", "mpi4py")  # fmt: skip
 
 # The rooms from the ground up; a module may import from lower rows only. Leaves stand in row 0, and within row 0 they
 # may lean on `checks` and on each other where the plan says so. What is not named here stands above all.
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
+    "parallel", "parallel.ranks",
     "ops.philox",
 }  # fmt: skip
 ROWS = [
@@ -33,15 +34,15 @@ ROWS = [
     {"readers.tabular", "readers.idx", "readers.numpy_files"},
     {"readers.csv_files", "readers.parquet_files"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "shards", "ops.launch"},
-    {"tables", "ops.gemm", "ops.staging"},
-    {"folders", "ops.graphs"},
+    {"data", "shards", "ops.launch", "ops.exchange"},
+    {"tables", "ops.gemm", "ops.staging", "ops.mpi", "parallel.buckets"},
+    {"folders", "ops.graphs", "ops.nccl"},
     {"streams"},
     {"ops.numpy_ops", "ops.cuda_ops", "ops.device", "ops.numba_kernels"},
     {"ops.numba_ops"},
     {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},
-    {"network"},
+    {"network", "parallel.reduction"},
     {"fullbatch", "resuming"},
     {"fitting", "gradcheck"},
     {"training"},
@@ -55,8 +56,10 @@ LEANS = {  # of the leaves: what each may import of the package
     "failures": {"history"},
     "checkpoint": {"checks", "history", "tensorfile"},
     "logs": {"checks", "tensorfile"},
+    "parallel.ranks": {"notices"},
 }
-CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
+CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch",
+        "ops.nccl", "ops.staging"}  # fmt: skip
 CLI = {"cli", "__main__"}
 
 

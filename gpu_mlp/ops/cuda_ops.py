@@ -24,6 +24,7 @@ from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
 from . import launch, philox
+from .exchange import Bucket, Exchange
 from .gemm import GEMM
 from .graphs import GraphRecorder
 from .interface import ALIGNMENT, CLIP_EPS, Array, Dropout, Layout, Operations, Recorder, Slot, Staging
@@ -110,6 +111,11 @@ class CudaOperations(Operations):
 
     def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
         return PinnedStaging(shape, dtype)
+
+    def exchange(self, ranks: Any, g: Array, buckets: Sequence[Bucket], wire: str, scatter: bool) -> Exchange:
+        from .nccl import NcclExchange
+
+        return NcclExchange(ranks, g, buckets, wire, scatter)
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
         for slot, value in values.items():
@@ -318,24 +324,38 @@ class CudaOperations(Operations):
         add = launch.elementwise("X theta, X l1, X l2", "X g", "g += l1 * sign(theta) + l2 * theta", self._master.name)
         add(theta[:n], *self._lambdas(regularizer), g[:n])
 
-    def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
-        geometry = launch.flat(theta.size)
-        partial = self._buffer("partial_cost", max(1, geometry[0][0]), np.float64)
-        self._launch(
-            "flat.cu",
-            "square_norm",
-            1,
-            (),
-            geometry,
-            theta,
-            g,
-            np.int64(theta.size),
-            np.int64(0 if regularizer is None else n),
-            *self._lambdas(regularizer),
-            partial,
-            state,
-        )
-        self._finish(partial, geometry[0][0], _SET_NORM, state)
+    def gradient_norm(
+        self,
+        theta: Array,
+        g: Array,
+        n: int,
+        regularizer: ElasticNet | None,
+        state: Array,
+        parts: Sequence[slice] | None = None,
+    ) -> None:
+        whole = [slice(0, theta.size)] if parts is None else parts
+        geometries = [launch.flat(part.stop - part.start) for part in whole]
+        blocks = [geometry[0][0] for geometry in geometries]
+        partial = self._buffer("partial_cost", max(1, sum(blocks)), np.float64)
+        at = 0
+        for part, geometry in zip(whole, geometries):
+            penalised = 0 if regularizer is None else max(0, min(n, part.stop) - part.start)
+            self._launch(
+                "flat.cu",
+                "square_norm",
+                1,
+                (),
+                geometry,
+                theta[part],
+                g[part],
+                np.int64(part.stop - part.start),
+                np.int64(penalised),
+                *self._lambdas(regularizer),
+                partial[at:],
+                state,
+            )
+            at += geometry[0][0]
+        self._finish(partial, at, _SET_NORM, state)
 
     def update(
         self,

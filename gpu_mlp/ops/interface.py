@@ -8,6 +8,7 @@ rate, step number, loss scale, dropout round) and what comes back (cost, norm) l
 from __future__ import annotations
 
 import abc
+import copy
 import enum
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -54,7 +55,7 @@ class Layout:
     """
 
     def __init__(self, sizes: Sequence[int], itemsize: int) -> None:
-        self._unit = ALIGNMENT // itemsize
+        self.itemsize, self.unit = itemsize, ALIGNMENT // itemsize
         shapes = [(n_out, n_in) for n_in, n_out in zip(sizes, sizes[1:])]
         self._weights, self.n_weights = self._place(0, shapes)
         self._biases, self.size = self._place(self.n_weights, [(n_out,) for n_out, _ in shapes])
@@ -64,8 +65,26 @@ class Layout:
         for shape in shapes:
             length = math.prod(shape)
             placed.append((slice(offset, offset + length), shape))
-            offset += -(-length // self._unit) * self._unit
+            offset += -(-length // self.unit) * self.unit
         return placed, offset
+
+    @property
+    def spans(self) -> list[slice]:
+        """Where W of every layer lies, up to the next one's start."""
+        starts = [segment.start for segment, _ in self._weights]
+        return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], self.n_weights])]
+
+    def within(self, part: slice) -> Layout:
+        """The layout of θ[part], which begins and ends with some W or lies behind all of them: its W, and no b."""
+        inner = copy.copy(self)
+        inner._weights = [
+            (slice(segment.start - part.start, segment.stop - part.start), shape)
+            for segment, shape in self._weights
+            if part.start <= segment.start < part.stop
+        ]
+        inner._biases, inner.size = [], part.stop - part.start
+        inner.n_weights = max(0, min(self.n_weights, part.stop) - part.start)
+        return inner
 
     def weights(self, flat: Array) -> list[Array]:
         """W of every layer, (n_l, n_{l-1}) each, as views of an array of θ's size."""
@@ -194,6 +213,10 @@ class Operations(abc.ABC):
     @abc.abstractmethod
     def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
         """A pair of buffers for data that is larger than the device's memory."""
+
+    @abc.abstractmethod
+    def exchange(self, ranks: Any, g: Array, buckets: Sequence[Any], wire: str, scatter: bool) -> Any:
+        """What sums the flat gradient ``g`` over the ranks of a job; an `exchange.Exchange`, with its arguments."""
 
     @abc.abstractmethod
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
@@ -346,8 +369,16 @@ class Operations(abc.ABC):
         """g[:n] += λ∇Ω(θ[:n])."""
 
     @abc.abstractmethod
-    def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
-        """GRADIENT_NORM ← ‖g / LOSS_SCALE + λ∇Ω(θ[:n])‖₂, over all of θ."""
+    def gradient_norm(
+        self,
+        theta: Array,
+        g: Array,
+        n: int,
+        regularizer: ElasticNet | None,
+        state: Array,
+        parts: Sequence[slice] | None = None,
+    ) -> None:
+        """GRADIENT_NORM ← ‖g / LOSS_SCALE + λ∇Ω(θ[:n])‖₂, over all of θ, or over these parts of it."""
 
     @abc.abstractmethod
     def update(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -26,6 +27,7 @@ from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
 from . import philox, sharing
+from .exchange import Bucket, Exchange
 from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Recorder, Slot, Staging
 
 Array = NDArray[Any]
@@ -94,6 +96,12 @@ class NumpyOperations(Operations):
 
     def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
         return _Unstaged(self.empty(shape, dtype))
+
+    def exchange(self, ranks: Any, g: Array, buckets: Sequence[Bucket], wire: str, scatter: bool) -> Exchange:
+        from .mpi import MPIExchange
+
+        _keep_to(ranks.cores())
+        return MPIExchange(ranks, g, buckets, wire, scatter)
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
         for slot, value in values.items():
@@ -387,14 +395,23 @@ class NumpyOperations(Operations):
         for block in _blocks(n):
             _add_penalty_gradient(theta[block], regularizer, g[block], self._scratch(block.stop - block.start).a)
 
-    def gradient_norm(self, theta: Array, g: Array, n: int, regularizer: ElasticNet | None, state: Array) -> None:
+    def gradient_norm(
+        self,
+        theta: Array,
+        g: Array,
+        n: int,
+        regularizer: ElasticNet | None,
+        state: Array,
+        parts: Sequence[slice] | None = None,
+    ) -> None:
         total = 0.0
         scale = float(state[Slot.LOSS_SCALE])
-        for part, penalty in _penalised_parts(0, theta.size, n, regularizer):
-            t, gp = theta[part], g[part]
-            for block in _blocks(t.size):
-                gb = self._effective_gradient(t[block], gp[block], penalty, scale)
-                total += float(np.dot(gb, gb))
+        for whole in [slice(0, theta.size)] if parts is None else parts:
+            for part, penalty in _penalised_parts(whole.start, whole.stop, n, regularizer):
+                t, gp = theta[part], g[part]
+                for block in _blocks(t.size):
+                    gb = self._effective_gradient(t[block], gp[block], penalty, scale)
+                    total += float(np.dot(gb, gb))
         state[Slot.GRADIENT_NORM] = np.sqrt(total)
 
     def update(
@@ -696,6 +713,13 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 _before_the_limit: int | None = None
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "GOTO_NUM_THREADS")
+
+
+def _keep_to(cores: int) -> None:
+    """Keep BLAS, and with it all else that runs in threads, to so many, unless the environment says how many."""
+    if not any(os.environ.get(name) for name in THREADS) and _blas_threads() > cores:
+        _blas().limit(limits=cores, user_api="blas")
 
 
 def _blas_threads() -> int:
@@ -744,7 +768,7 @@ def _penalised_parts(
     first: int, last: int, n: int, regularizer: ElasticNet | None
 ) -> Iterator[tuple[slice, ElasticNet | None]]:
     """first … last in two: what of it lies in the prefix of length ``n`` that the regularizer covers, and the rest."""
-    middle = max(first, n)
+    middle = min(last, max(first, n))
     if first < middle:
         yield slice(first, middle), regularizer
     if middle < last:
