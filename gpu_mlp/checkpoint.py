@@ -190,6 +190,11 @@ class Folder:
             with contextlib.suppress(Exception), tensorfile.opened(path, FILE) as file:
                 self.figures[path] = checks.real("figure", file.header["figure"])
 
+    @property
+    def timed(self) -> bool:
+        """Whether the next checkpoint is due by the clock, which no two processes read alike."""
+        return self._unit == "seconds"
+
     def close(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:

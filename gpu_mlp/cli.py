@@ -26,6 +26,7 @@ import typer
 from .failures import BrokenData, DeviceLost, Terminated
 from .ops.interface import DeviceError
 from .options import TrainOptions, merged, resumed
+from .parallel import ranks
 
 if TYPE_CHECKING:
     from .runs import Run
@@ -67,6 +68,11 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     from .streamed import make
 
     options = merged(config, given) if resume is None else resumed(resume, config, given)
+    if options.parallel != "off" and ranks.started() > 1 and not ranks.has_mpi4py():
+        raise ValueError(
+            f"parallel: {ranks.started()} processes were started; train on all of them with {ranks.LAUNCH} -m gpu_mlp "
+            "train …, or say --parallel off"
+        )
     run = make(options, resume=resume is not None)
     net, parts = run.model.net, run.parts.named()
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
@@ -90,6 +96,8 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
         if run.checkpoint is None:
             raise
         raise type(error)(f"{error}; to go on: {_resuming(run)}", error.history) from error  # type: ignore[arg-type]
+    if not run.ranks.first:
+        raise typer.Exit(130 if result.history.stopped == "interrupted" else 0)
     _figures_table(result.figures)
     last = list(result.figures)[-1]
     for name, value in result.figures[last].items():
@@ -380,7 +388,12 @@ def _why_not_cuda(wanted: str, device: str) -> str:
 
 
 def _say(line: str) -> None:
-    """A line for the reader, not for a script: to standard error, if anybody reads it."""
+    """A line for the reader, not for a script: to standard error, if anybody reads it; of several ranks the first's."""
+    if ranks.joined().first:
+        _tell(line)
+
+
+def _tell(line: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
@@ -436,6 +449,8 @@ def run(arguments: list[str]) -> int:
             sys.stdout.flush()
         return 0
     except typer.Exit as exit_:
+        if exit_.exit_code:
+            ranks.joined().parted()  # whoever exits first with a status ends the others
         return exit_.exit_code
     except SystemExit:  # rich's way of saying that nobody reads its help any more
         return 0
@@ -463,7 +478,9 @@ def _one_line(error: BaseException) -> str:
 def _fail(message: str, status: int) -> int:
     if os.environ.get("GPU_MLP_TRACEBACK"):
         traceback.print_exc()
-    _say(f"gpu-mlp: {message}")
+    if told := ranks.joined().blame(f"gpu-mlp: {message}"):
+        _tell(told)
+    ranks.joined().parted()
     return status
 
 

@@ -2,7 +2,8 @@
 
 Leans on the operations for gathering and staging, and on `streams` for what is read from a disk. A feed puts one
 minibatch after the other into buffers that stay where they are, so that a step can be recorded; the order of the
-samples in an array is the same whichever feed it is.
+samples in an array is the same whichever feed it is. Where ranks train together, every rank's feed tells of whole
+minibatches and fetches this rank's part of each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ops.interface import Array, Operations, Slot, Staging
+from .parallel.ranks import ALONE, Ranks
 from .streams import Order, ReadAhead
 
 SPARE_BYTES = 64 << 20  # of a device's memory that a resident data set leaves free
@@ -65,9 +67,11 @@ class Resident:
     x: (n, n_0) of any real type; y: (n,) or (n, n_L); w: (n,) or None. All on the device.
     """
 
-    def __init__(self, ops: Operations, x: Array, y: Array, w: Array | None, batch_size: int) -> None:
+    def __init__(
+        self, ops: Operations, x: Array, y: Array, w: Array | None, batch_size: int, ranks: Ranks = ALONE
+    ) -> None:
         self._ops, self._sources, self._batch_size = ops, (x, y, w), batch_size
-        self._buffers = Buffers(ops, batch_size, x, y, w)
+        self._buffers = Buffers(ops, ranks.most(batch_size), x, y, w)
         self._order = ops.empty(len(x), np.int64) if ops.waits else None
         self._rows: Array | None = None
         self._cursor = 0
@@ -98,7 +102,7 @@ class Resident:
         return self._rows is None
 
     def fetch(self, rows: int, state: Array) -> Parts:
-        """The minibatch at the state's CURSOR; queues operations alone."""
+        """The rows from the state's CURSOR on; queues operations alone."""
         x, y, w = self._buffers.first(rows)
         sources = self._sources
         for source, out in zip(sources[1:], (y, w)):
@@ -118,10 +122,16 @@ class Streamed:
     """
 
     def __init__(
-        self, ops: Operations, x: NDArray[Any], y: NDArray[Any], w: NDArray[Any] | None, batch_size: int
+        self,
+        ops: Operations,
+        x: NDArray[Any],
+        y: NDArray[Any],
+        w: NDArray[Any] | None,
+        batch_size: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._ops, self._sources, self._batch_size = ops, (x, y, w), batch_size
-        self._buffers = Buffers(ops, batch_size, x, y, w)
+        self._ops, self._sources, self._batch_size, self._ranks = ops, (x, y, w), batch_size, ranks
+        self._buffers = Buffers(ops, ranks.most(batch_size), x, y, w)
         self._slots = [self._slot() for _ in range(2)]
         self.key = 0  # which slot holds the minibatch at hand
         self._order: NDArray[np.int64] | None = None
@@ -129,7 +139,8 @@ class Streamed:
         self._at = 0
 
     def _slot(self) -> list[Staging | None]:
-        shapes = [None if part is None else (self._batch_size, *part.shape[1:]) for part in self._sources]
+        most = self._ranks.most(self._batch_size)
+        shapes = [None if part is None else (most, *part.shape[1:]) for part in self._sources]
         return [
             None if shape is None or part is None else self._ops.staging(shape, part.dtype)
             for shape, part in zip(shapes, self._sources)
@@ -173,6 +184,8 @@ class Streamed:
     def _load(self, slot: int, piece: int) -> None:
         """Gather a minibatch on the host and send it on its way."""
         cursor, rows = self._pieces[piece]
+        own = self._ranks.part(rows)
+        cursor, rows = cursor + own.start, own.stop - own.start
         staged = self._slots[slot]
         for staging in self._staged(slot):
             staging.free()
@@ -212,8 +225,8 @@ class Streamed:
 class FromDisk(Streamed):
     """A data set on the disk, of which threads read the next rows while minibatches of the last ones are made."""
 
-    def __init__(self, ops: Operations, ahead: ReadAhead, batch_size: int) -> None:
-        super().__init__(ops, *ahead.like, batch_size)
+    def __init__(self, ops: Operations, ahead: ReadAhead, batch_size: int, ranks: Ranks = ALONE) -> None:
+        super().__init__(ops, *ahead.like, batch_size, ranks)
         self._ahead = ahead
 
     def epoch(self, order: Order, first: int = 0) -> Iterator[tuple[int, int]]:  # type: ignore[override]

@@ -66,11 +66,14 @@ class Fit:
         self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         self.shuffle = checks.boolean("shuffle", shuffle)
+        self.ranks = trainer.ranks
         self.callbacks = list(callbacks)
         if not all(callable(callback) for callback in self.callbacks):
             raise TypeError("callbacks: every one must be callable as callback(trainer, row)")
         if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
             raise TypeError(f"early_stopping: expected an EarlyStopping, got {type(early_stopping).__name__}")
+        if not self.ranks.first:
+            self.callbacks = [call for call in self.callbacks if not getattr(call, "first_rank_only", False)]
         self.early_stopping = early_stopping
         self.names = metrics.chosen(names, trainer.loss.name, self.net.sizes[-1], self.y.ndim == 1)
         self.history = History(self._monitor())
@@ -104,7 +107,8 @@ class Fit:
         shown: Progress | None = None
         try:
             reason = self._begin()
-            shown = Progress(self.epochs, self.n, progress, epoch=self.epochs_done, rows=self.rows_done)
+            told = progress and self.ranks.first
+            shown = Progress(self.epochs, self.n, told, epoch=self.epochs_done, rows=self.rows_done)
             tuned = trainer._tuned(self.rows_at_once)
             with tuned, interrupt_between_steps(terminate=self._keeper is not None) as interrupted:
                 if reason:
@@ -127,7 +131,7 @@ class Fit:
             trainer._recorder.clear()  # what it kept alive is free for other work
         if self.history.stopped == "terminated":
             raise Terminated(self.history)
-        if self.history.stopped == "interrupted":
+        if self.history.stopped == "interrupted" and self.ranks.first:
             warnings.warn("training was interrupted; what was learned so far is kept", stacklevel=3)
         return self.history
 
@@ -135,7 +139,7 @@ class Fit:
     def rows_at_once(self) -> int:
         """The rows of a batch, or of a part of the data set where the whole of it is the batch."""
         full_batch = isinstance(self.trainer.optimizer, LBFGS)
-        return self.net._chunk_rows(self.n) if full_batch else self.batch_size
+        return self.net._chunk_rows(self.ranks.most(self.n)) if full_batch else self.batch_size
 
     @property
     def epochs_done(self) -> int:
@@ -158,16 +162,12 @@ class Fit:
         """Open the folder of checkpoints, and take up the run in it where that is wanted; the reason why it is over
         already, or an empty string."""
         keeper, resume = self._keeper, self._resume
-        if keeper is None and resume is False:
+        if keeper is None and resume is False and self.ranks.size == 1:
             return ""
         self.recipe = resuming.recipe_of_fit(self)
+        self.trainer._share({**self.recipe, "epochs": self.epochs, "monitor": self.history.monitor})
         if keeper is not None:
-            keeper.open()
-            if keeper.paths and resume is False:
-                raise ValueError(
-                    f"checkpoints: {keeper.path} holds those of another run; resume=True goes on from the last of "
-                    f"them, or name another folder"
-                )
+            self.ranks.on_first(lambda: self._open(keeper))
         reason = ""
         if resume is not False:
             where = Path(keeper.path if keeper is not None and resume is True else resume)  # type: ignore[arg-type]
@@ -176,9 +176,19 @@ class Fit:
             keeper.begin(self.trainer.rounds, self.trainer.epoch)
         return reason
 
+    def _open(self, keeper: Folder) -> None:
+        """Open the folder of checkpoints, which must be empty or the run's own."""
+        keeper.open()
+        if keeper.paths and self._resume is False:
+            raise ValueError(
+                f"checkpoints: {keeper.path} holds those of another run; resume=True goes on from the last of "
+                f"them, or name another folder"
+            )
+
     def _take_up(self, where: Path) -> str:
         """Go on from the newest checkpoint at ``where``; the reason why that run is over, or an empty string."""
-        found = checkpoint.newest(where, lambda header: resuming.fits_fit(self, header))
+        read = self.ranks.on_first(lambda: checkpoint.newest(where, lambda header: resuming.fits_fit(self, header)))
+        found = resuming.shared(self.trainer, read)
         if found is None and self._resume is not True:
             raise FileNotFoundError(f"resume: there is no checkpoint in {where}")
         reason = "" if found is None else resuming.restore_fit(self, found)
@@ -191,12 +201,15 @@ class Fit:
     def _checkpoint(self, feed: Feed, started: float, reason: str = "") -> None:
         """Write a checkpoint of the run as it stands, unless it is not finite, which raises Diverged."""
         keeper, trainer = self._keeper, self.trainer
-        if keeper is None or keeper.has(trainer.rounds, reason):
+        if keeper is None or self._on_first(keeper.has(trainer.rounds, reason)):
             return
         self._refuse_divergence(feed)
         self._refuse_bad_weights()
         found = resuming.snapshot_fit(self, time.perf_counter() - started, reason)
-        keeper.write(found, self.began[1] + self.epochs_done)
+        done = self.began[1] + self.epochs_done
+        self.ranks.on_first(lambda: keeper.write(found, done))
+        if not self.ranks.first:
+            keeper.begin(trainer.rounds, done)
 
     # --- what is trained on ---
 
@@ -278,8 +291,7 @@ class Fit:
             if self.cursor == 0:
                 trainer.epoch += 1
                 ops.write_state(trainer._state, {Slot.EPOCH_COST: 0.0})
-            self._work_through_epoch(feed, schedule, started, progress, interrupted)
-            if interrupted.is_set():
+            if self._work_through_epoch(feed, schedule, started, progress, interrupted):
                 reason = "terminated" if interrupted.terminated else "interrupted"
             else:
                 self._refuse_divergence(feed)
@@ -290,7 +302,7 @@ class Fit:
                 reason = self.end_epoch(cost, rate, started, progress)
                 if not reason and self.epochs_done >= self.epochs:
                     reason = "completed"
-            if reason or self._due():
+            if reason or self._on_first(self._due()):
                 self._checkpoint(feed, started, reason)
         self.finish(reason)
 
@@ -301,19 +313,44 @@ class Fit:
         started: float,
         progress: Progress,
         interrupted: Interruption,
-    ) -> None:
-        """The updates of the epoch at hand that are still to be done, or until an interruption."""
+    ) -> bool:
+        """The updates of the epoch at hand that are still to be done; whether an interruption has ended them."""
         trainer, ops = self.trainer, self.net._ops
         for cursor, rows in feed.epoch(self._order(), self.cursor):
             trainer._step(feed, rows, cursor, schedule)
             self.cursor = cursor + rows
             progress.advance(rows)
-            if not ops.waits or trainer.rounds % LOOK_EVERY == 0:
+            looks = not ops.waits or trainer.rounds % LOOK_EVERY == 0
+            if looks:
                 self._refuse_divergence(feed)
-            if interrupted.is_set():
-                return
-            if self.cursor < self.n and self._due():
+            ends, due = self.listen(interrupted, looks or self.cursor >= self.n)
+            if ends:
+                return True
+            if due and self.cursor < self.n:
                 self._checkpoint(feed, started)
+        return False
+
+    def listen(self, interrupted: Interruption, looks: bool) -> tuple[bool, bool]:
+        """Whether to end after the step at hand, and whether a checkpoint is due: the same on all ranks.
+
+        They ask each other where ``looks`` says so, since that may mean waiting for a device: a signal waits too.
+        """
+        due = self._due()
+        if self.ranks.size == 1:
+            return interrupted.is_set(), due
+        timed = self._keeper is not None and self._keeper.timed
+        if not looks:
+            return False, due and not timed
+        said = [interrupted.is_set(), interrupted.terminated, due and self.ranks.first]
+        found = self.ranks.sum(np.array(said, np.float64))
+        if found[0]:
+            interrupted.set()
+        interrupted.terminated = bool(found[1])
+        return bool(found[0]), bool(found[2]) if timed else due
+
+    def _on_first(self, said: bool) -> bool:
+        """What the first rank says."""
+        return bool(self.ranks.sum(np.array([float(said and self.ranks.first)]))[0])
 
     def _due(self) -> bool:
         """Whether a checkpoint is due."""
@@ -338,18 +375,18 @@ class Fit:
         """The data set on the device, or where it does not fit there a stream of it; or what reads it from the disk."""
         ops = self.net._ops
         if self.stream is not None:
-            return FromDisk(ops, self.ahead, self.batch_size)
+            return FromDisk(ops, self.ahead, self.batch_size, self.ranks)
         parts = self.x, self.y, self.w
         free = ops.free_bytes()
         host_bytes = sum(part.nbytes for part in parts if part is not None and not ops.owns(part))
         if free is None or host_bytes == 0 or host_bytes + SPARE_BYTES <= free:
             try:
                 moved = (part if part is None or not ops.waits else ops.to_device(part) for part in parts)
-                return Resident(ops, *cast(Parts, tuple(moved)), self.batch_size)
+                return Resident(ops, *cast(Parts, tuple(moved)), self.batch_size, self.ranks)
             except ops.out_of_memory:
                 pass  # what is free need not be in one piece
         moved_back = (None if part is None else ops.to_host(part) for part in parts)
-        return Streamed(ops, *cast(Parts, tuple(moved_back)), self.batch_size)
+        return Streamed(ops, *cast(Parts, tuple(moved_back)), self.batch_size, self.ranks)
 
     # --- the end of an epoch, the end of a run ---
 
@@ -362,7 +399,7 @@ class Fit:
         }  # fmt: skip
         row |= {"seconds": seconds, "samples_per_second": self.n / max(seconds, 1e-9)}
         if self.validation is not None:
-            figures = trainer._evaluate(self.validation, self.names)
+            figures = trainer._evaluate(self.validation, self.names, self.ranks)
             row |= {f"validation_{name}": figure for name, figure in figures.items()}
         plateau = schedules.plateau_of(trainer.schedule)
         if plateau is not None:
@@ -375,7 +412,8 @@ class Fit:
         progress.end_epoch({k: v for k, v in row.items() if k == "cost" or k.startswith("validation_")})
         answers = [callback(trainer, dict(row)) for callback in self.callbacks]  # each one is called
         self.net._refresh()  # a callback may have written to the weights
-        if any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers):
+        ends = any(isinstance(answer, (bool, np.bool_)) and answer for answer in answers)
+        if self.ranks.sum(np.array([float(ends)]))[0]:
             return "callback"
         if stopping is not None and self.history.epochs_since_best >= stopping.patience:
             return "early stopping"

@@ -6,7 +6,6 @@ Leans on the passes of `network`; works a `Fit`, which is one room above, and it
 from __future__ import annotations
 
 import math
-import threading
 import time
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,12 +18,13 @@ from .notices import say_once
 from .ops.interface import Slot
 from .optimizers import LBFGS
 from .progress import Progress
+from .signals import Interruption
 
 if TYPE_CHECKING:
     from .fitting import Fit
 
 
-def minimise(fit: Fit, progress: Progress, interrupted: threading.Event) -> None:
+def minimise(fit: Fit, progress: Progress, interrupted: Interruption) -> None:
     """SciPy's L-BFGS-B on J(θ) over the whole data set; an iteration counts as an epoch."""
     from scipy.optimize import minimize
 
@@ -53,7 +53,7 @@ def minimise(fit: Fit, progress: Progress, interrupted: threading.Event) -> None
         fit.recall(intermediate_result.x)
         reason = fit.end_epoch(float(intermediate_result.fun), 1.0, started, progress)
         started = time.perf_counter()
-        if interrupted.is_set():
+        if fit.listen(interrupted, True)[0]:
             reason = "interrupted"
         if reason:
             raise StopIteration
@@ -72,14 +72,15 @@ def minimise(fit: Fit, progress: Progress, interrupted: threading.Event) -> None
 
 
 def _whole(fit: Fit) -> Parts:
-    """The data set as every iteration takes it: on the device, but for an x that does not fit there."""
-    ops = fit.net._ops
+    """The data set as every iteration takes it, or this rank's part: on the device, but for an x that is too large."""
+    ops, own = fit.net._ops, fit.trainer.ranks.part(fit.n)
+    x, y, w = fit.x[own], fit.y[own], None if fit.w is None else fit.w[own]
     if ops.waits:
         say_once("L-BFGS reads J after every pass, so its steps are not recorded as a CUDA graph")
-    y, w = ops.to_device(fit.y), None if fit.w is None else ops.to_device(fit.w)
+    y, w = ops.to_device(y), None if w is None else ops.to_device(w)
     free = ops.free_bytes()
-    fits = free is not None and fit.x.nbytes + SPARE_BYTES <= free
-    return ops.to_device(fit.x) if fits and not ops.owns(fit.x) else fit.x, y, w
+    fits = free is not None and x.nbytes + SPARE_BYTES <= free
+    return ops.to_device(x) if fits and not ops.owns(x) else x, y, w
 
 
 def _full_gradient(fit: Fit) -> float:
@@ -87,8 +88,13 @@ def _full_gradient(fit: Fit) -> float:
     trainer, net, ops = fit.trainer, fit.net, fit.net._ops
     state, g = trainer._state, trainer._g
     ops.write_state(state, {Slot.COST: 0.0})
-    ops.total_weight(trainer.loss, fit.y, fit.w, state)
-    net._differentiate(fit.x, fit.y, fit.w, trainer.loss, trainer._lanes(fit.rows_at_once))
+    trainer._begin_weight(fit.y, fit.w, fit.n)
+    lanes, reduction = trainer._lanes(fit.rows_at_once), trainer._reduction
+    if reduction is not None:
+        reduction.begin(net._passes(lanes, len(fit.x)))
+    net._differentiate(fit.x, fit.y, fit.w, trainer.loss, lanes)
+    if reduction is not None:
+        reduction.finish(state)
     if trainer.regularizer is not None:
         ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
         ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)

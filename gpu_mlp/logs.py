@@ -34,6 +34,8 @@ class Log:
     Whatever goes wrong while it writes, a full disk say, is a RuntimeWarning, once; it tries again with the next row.
     """
 
+    first_rank_only = True  # where ranks train together one of them calls it
+
     def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
         self._warned = False

@@ -29,6 +29,14 @@ class Metric:
         """The figure; NaN over no rows."""
         raise TypeError(f"{type(self).__name__} is abstract")
 
+    def sums(self) -> NDArray[np.float64]:
+        """All that has been taken in, as float64 numbers of one count."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+    def merge(self, sums: NDArray[np.float64]) -> None:
+        """Take in what another accumulator of the same metric has, as its `sums`."""
+        raise TypeError(f"{type(self).__name__} is abstract")
+
 
 class Accuracy(Metric):
     """The weighted share of rows whose class is right.
@@ -65,6 +73,13 @@ class Accuracy(Metric):
         k = min(self._k, y_hat.shape[1])
         return np.argpartition(-y_hat, k - 1, axis=1)[:, :k]
 
+    def sums(self) -> NDArray[np.float64]:
+        return np.array([self._right, self._total])
+
+    def merge(self, sums: NDArray[np.float64]) -> None:
+        self._right += float(sums[0])
+        self._total += float(sums[1])
+
     def value(self) -> float:
         return self._right / self._total if self._total else float("nan")
 
@@ -84,6 +99,13 @@ class RMSE(Metric):
         self._square += float(np.dot(square, weight))
         self._total += float(weight.sum())
 
+    def sums(self) -> NDArray[np.float64]:
+        return np.array([self._square, self._total])
+
+    def merge(self, sums: NDArray[np.float64]) -> None:
+        self._square += float(sums[0])
+        self._total += float(sums[1])
+
     def value(self) -> float:
         return float(np.sqrt(self._square / self._total)) if self._total else float("nan")
 
@@ -96,11 +118,11 @@ class R2(Metric):
 
     name = "r2"
 
-    def __init__(self) -> None:
+    def __init__(self, n_outputs: int = 1) -> None:
         self._total = 0.0
-        self._residual: Any = 0.0
-        self._mean: Any = 0.0
-        self._spread: Any = 0.0  # Σ w (y − ȳ)², kept by the pairwise update of Chan, Golub and LeVeque, 1979
+        self._residual = np.zeros(n_outputs)
+        self._mean = np.zeros(n_outputs)
+        self._spread = np.zeros(n_outputs)  # Σ w (y − ȳ)², by the pairwise update of Chan, Golub and LeVeque, 1979
 
     def add(self, y_hat: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any] | None) -> None:
         if not len(y):
@@ -111,15 +133,23 @@ class R2(Metric):
         if not total:
             return
         mean = (weight * y).sum(axis=0) / total
+        residual = (weight * np.square(y_hat - y)).sum(axis=0)
+        self._take(total, residual, mean, (weight * np.square(y - mean)).sum(axis=0))
+
+    def _take(self, total: float, residual: Any, mean: Any, spread: Any) -> None:
+        """Take in some rows of weight ``total``, by what the attributes have of them."""
         shift = mean - self._mean
-        self._residual = self._residual + (weight * np.square(y_hat - y)).sum(axis=0)
-        self._spread = (
-            self._spread
-            + (weight * np.square(y - mean)).sum(axis=0)
-            + np.square(shift) * (self._total * total / (self._total + total))
-        )
+        self._residual = self._residual + residual
+        self._spread = self._spread + spread + np.square(shift) * (self._total * total / (self._total + total))
         self._mean = self._mean + shift * (total / (self._total + total))
         self._total += total
+
+    def sums(self) -> NDArray[np.float64]:
+        return np.concatenate([[self._total], self._residual, self._mean, self._spread])
+
+    def merge(self, sums: NDArray[np.float64]) -> None:
+        if sums[0]:
+            self._take(float(sums[0]), *sums[1:].reshape(3, -1))
 
     def value(self) -> float:
         if not self._total:
@@ -151,7 +181,7 @@ def make(name: str, loss: str, n_outputs: int, labels: bool = False) -> Metric:
             raise ValueError(
                 f"metrics: {name} needs numbers, and the targets are class labels; known for them: accuracy"
             )
-        return RMSE() if name == "rmse" else R2()
+        return RMSE() if name == "rmse" else R2(n_outputs)
     if loss in ("cross_entropy", "nll") or (loss == "hinge" and n_outputs > 1):
         return Accuracy()
     if loss == "binary_cross_entropy":

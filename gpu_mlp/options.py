@@ -105,6 +105,11 @@ class TrainOptions:
     seed: int = _option(0, RUN, "Of the split, the initial weights, the shuffles and the dropout masks")
     out: str | None = _option(None, RUN, "Run folder; must be new or empty", "a new one under runs/")
     plots: bool = _option(True, RUN, "Draw the learning curves and the confusion matrix (needs matplotlib)")
+    parallel: str = _option(
+        "auto", RUN, "Train on all ranks that mpiexec or srun started with mpi4py: auto, on (one rank too), off"
+    )
+    shard_optimizer: bool = _option(False, RUN, "Spread the optimizer's moments over the ranks")
+    wire: str = _option("full", RUN, "Gradients between ranks: full, or bfloat16 for half the bytes")
     log: str | None = _option(
         None, RUN, "A row an epoch in the run folder: csv, jsonl or tensorboard, or several: csv,jsonl", "none"
     )
@@ -165,7 +170,10 @@ def from_values(values: Mapping[str, Any], path: str | os.PathLike[str] | None, 
 
 
 # What a run that is resumed may be told anew; whether the epochs may change depends on the schedule.
-FREE = ("epochs", "device", "memory", "plots", "log", "progress", "checkpoint_every", "checkpoint_keep")
+FREE = (
+    "epochs", "device", "memory", "plots", "log", "progress", "checkpoint_every", "checkpoint_keep", "parallel",
+    "shard_optimizer", "wire",
+)  # fmt: skip
 
 
 def resumed(

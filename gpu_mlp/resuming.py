@@ -7,6 +7,7 @@ Leans on `checkpoint` for what a snapshot is. Two things are in one: the *state*
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from . import checks, data
 from .checkpoint import Snapshot
 from .feeding import Parts
 from .ops.interface import Slot
+from .parallel import Parallel
 from .schedules import PlateauState
 from .streams import Stream
 from .tensorfile import Expected
@@ -169,7 +171,7 @@ def _expected(trainer: Trainer, header: Mapping[str, Any]) -> dict[str, Expected
 def restore(trainer: Trainer, found: Snapshot) -> None:
     """Put a snapshot, which `fits`, into a trainer."""
     net, ops, header, tensors = trainer.net, trainer.net._ops, found.header, found.tensors
-    if header["device"] != net.device:
+    if header["device"] != net.device and trainer.ranks.first:
         warnings.warn(
             f"resume: the checkpoint was written on {header['device']} and the run goes on on {net.device}, where sums "
             f"are rounded in another order: the bits will not be those of a run that stayed",
@@ -188,6 +190,26 @@ def restore(trainer: Trainer, found: Snapshot) -> None:
         ops.copy(tensors["averaged"], trainer._averaged)
     if net._shadow is not None:
         ops.copy(net._theta, net._shadow)
+
+
+def shared(trainer: Trainer, found: Snapshot | None) -> Snapshot | None:
+    """The snapshot that the first rank has read, if it has, on every rank."""
+    ranks = trainer.ranks
+    if ranks.size == 1:
+        return found
+    described = None
+    if found is not None:
+        kinds = {name: [tensor.dtype.name, list(tensor.shape)] for name, tensor in found.tensors.items()}
+        described = [found.header, found.step, found.figure, kinds]
+    told = json.loads(ranks.told(json.dumps(described)))
+    if told is None:
+        return None
+    header, step, figure, kinds = told
+    tensors = {}
+    for name, (dtype, shape) in kinds.items():
+        tensors[name] = np.ascontiguousarray(found.tensors[name]) if found is not None else np.empty(shape, dtype)
+        ranks.broadcast(tensors[name])
+    return Snapshot(tensors, header, step, figure)
 
 
 # --- a fit -----------------------------------------------------------------------------------------------------------
@@ -245,7 +267,10 @@ def snapshot_fit(fit: Fit, seconds: float, reason: str) -> Snapshot:
 
 def _rounding(fit: Fit) -> dict[str, Any]:
     """What the last bits depend on beside the recipe and the device: whose passes they are, and how a batch is cut."""
-    return {"passes": type(fit.net._ops).__name__, "lanes": fit.trainer._cut(fit.batch_size)[0]}
+    ranks, chosen = fit.trainer.ranks, fit.trainer.parallel
+    cut = {"ranks": ranks.size, "wire": chosen.wire if isinstance(chosen, Parallel) else "full"}
+    rows = len(range(fit.batch_size)[ranks.part(fit.batch_size)])
+    return {"passes": type(fit.net._ops).__name__, "lanes": fit.trainer._cut(rows)[0], **cut}
 
 
 def fits_fit(fit: Fit, header: Mapping[str, Any]) -> dict[str, Expected]:
@@ -280,7 +305,7 @@ def restore_fit(fit: Fit, found: Snapshot) -> str:
     restore(fit.trainer, found)
     saved, tensors = found.header["fit"], found.tensors
     others = differences(saved["rounding"], _rounding(fit))
-    if others and found.header["device"] == fit.net.device:
+    if others and found.header["device"] == fit.net.device and fit.trainer.ranks.first:
         warnings.warn(
             f"resume: sums are rounded in another order than before ({'; '.join(others)}): the bits will not be those "
             f"of a run that was not interrupted",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checks, data, logs, losses, optimizers, options, plots, schedules, tensorfile
+from . import checks, data, logs, losses, optimizers, options, parallel, plots, schedules, tensorfile
 from .averaging import EMA
 from .checkpoint import LOCK, Checkpoints, interval, listed
 from .failures import BrokenData, DeviceLost, Diverged, Terminated
@@ -27,6 +27,7 @@ from .history import EarlyStopping, History
 from .model import OUTPUT_OF, Model
 from .network import MLP
 from .options import TrainOptions
+from .parallel import ranks
 from .preprocessing import Labels, Preprocessor, TargetScaler, infer_task
 from .readers import RawData
 from .regularizers import ElasticNet
@@ -103,9 +104,11 @@ class Run:
     def __init__(self, given: TrainOptions, raw: Any = None, resume: bool = False) -> None:
         self.options = _resolved(given)
         self.resume = resume
+        self._parallel = parallel.named(self.options.parallel, self.options.shard_optimizer, self.options.wire)
+        self.ranks = ranks.join(None if self._parallel is None else self._parallel is not False)
         self.folder = _new_folder(given.data) if given.out is None else Path(given.out)
         self._early_stopping = None if self.options.patience is None else EarlyStopping(self.options.patience)
-        if given.out is not None and not resume:
+        if given.out is not None and not resume and self.ranks.first:
             _remove_empty(_make(self.folder))  # before the data are read: can there be such a folder?
         self.raw = raw = self._read() if raw is None else raw
         self._resolve_task(raw)
@@ -204,6 +207,7 @@ class Run:
             chosen.clip_norm,
             chosen.accumulate,
             average=None if chosen.average is None else EMA(chosen.average),
+            parallel=self._parallel,
         )
 
     def _prepare(self, name: str, part: Any) -> Any:
@@ -218,18 +222,22 @@ class Run:
     # --- the run ---
 
     def start(self) -> Result:
-        """Train, then write the run folder. What was learned is written too when a run is interrupted or diverges."""
+        """Train, then write the run folder. What was learned is written too when a run is interrupted or diverges.
+
+        Where ranks train together the first one writes, and the others wait until it has.
+        """
         chosen = self.options
         if chosen.out is None:
-            self.folder = _new_folder(chosen.data)  # another run may have taken the name since
-        created = [] if self.resume else _make(self.folder)
+            self.folder = Path(self.ranks.told(str(_new_folder(chosen.data))))  # the name may be taken since
+        created = self.ranks.on_first(lambda: [] if self.resume else _make(self.folder)) or []
         checkpoints, resume = self._checkpoints()
         failed: Diverged | DeviceLost | BrokenData | None = None
         try:
-            if not self.resume:
+            if not self.resume and self.ranks.first:
                 self._write_options()
             self.model.describe()
-            history = self.fit(logs.of(chosen.log, self.folder), chosen.progress, checkpoints, resume)
+            written = logs.of(chosen.log, self.folder) if self.ranks.first else []
+            history = self.fit(written, chosen.progress, checkpoints, resume)
         except (Diverged, DeviceLost, BrokenData) as error:
             if error.history is None or not len(error.history):
                 self._take_back(created)
@@ -241,10 +249,11 @@ class Run:
             self._take_back(created)
             raise
         try:
-            result = self._write(history)
+            result = self.ranks.on_first(lambda: self._write(history))
         except BaseException:
             self._take_back(created)  # only if nothing at all could be written
             raise
+        result = result or Result(self.model, history, {}, self.folder)
         if failed is not None:
             raise type(failed)(f"{failed}; the model of the last good epoch is in {self.folder}", history)
         return result
@@ -268,6 +277,8 @@ class Run:
 
     def _take_back(self, created: list[Path]) -> None:
         """Leave no folder behind of a new run of which nothing is worth keeping."""
+        if not self.ranks.first:
+            return
         if self.resume or self.checkpoint or {path.name for path in self.folder.iterdir()} - {OPTIONS, CHECKPOINTS}:
             return
         place = self.folder / CHECKPOINTS

@@ -171,8 +171,9 @@ class StreamRun(Run):
     def start(self) -> Result:
         """As `Run.start`; BrokenData too, once the model is saved, where the files could not be read to the end."""
         result = super().start()
-        if self._unread is not None:
-            raise BrokenData(f"{self._unread}; the model is in {self.folder}", result.history)
+        unread = self.ranks.told("" if self._unread is None else str(self._unread))
+        if unread:
+            raise BrokenData(f"{unread}; the model is in {self.folder}", result.history)
         return result
 
     def _judge(self) -> dict[str, dict[str, float]]:

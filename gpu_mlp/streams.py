@@ -221,15 +221,15 @@ class Stream:
         most = min(MOST_THREADS, os.cpu_count() or 1)
         return max(1, min(most, self.memory // 4 // max(1, self.piece_bytes)))
 
-    def pieces(self) -> Iterator[Piece]:
-        """Every chunk, prepared, in the order of the files; the next ones are read meanwhile."""
+    def pieces(self, first: int = 0, step: int = 1) -> Iterator[Piece]:
+        """Every chunk, prepared, in the order of the files, or every so many; the next ones are read meanwhile."""
         threads = self.threads()
         self._require(2 * self.piece_bytes, "a piece that is read and one that is worked on")
         with contextlib.ExitStack() as stack:
             pool = ThreadPoolExecutor(threads, "gpu-mlp-stream")
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
             under_way: deque[Future[Piece]] = deque()
-            for chunk in range(len(self.chunks)):
+            for chunk in range(first, len(self.chunks), step):
                 under_way.append(pool.submit(self.piece, chunk))
                 if len(under_way) > threads:
                     yield under_way.popleft().result()

@@ -34,7 +34,7 @@ from .notices import say_once
 from .ops.interface import Array, Dropout, Recorder, Slot
 from .optimizers import LBFGS, SGD, Optimizer
 from .parallel import Parallel, ranks
-from .parallel.ranks import MPIRanks
+from .parallel.ranks import MPIRanks, Ranks
 from .parallel.reduction import Reduction
 from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
@@ -179,7 +179,14 @@ class Trainer:
 
     def _begin_cost(self, y: Array, w: Array | None, rows: int) -> None:
         """What a batch's L is divided by, and λΩ(θ) in its cost; of ``rows`` rows this rank has y and w of its own."""
-        net, ops, state, reduction = self.net, self.net._ops, self._state, self._reduction
+        net = self.net
+        self._begin_weight(y, w, rows)
+        if self.regularizer is not None and self.ranks.first:  # it is in the sum of the ranks' costs once
+            net._ops.penalty(net._theta, self._penalised, self.regularizer, self._state)
+
+    def _begin_weight(self, y: Array, w: Array | None, rows: int) -> None:
+        """What a batch's L is divided by."""
+        ops, state, reduction = self.net._ops, self._state, self._reduction
         if reduction is None:
             ops.total_weight(self.loss, y, w, state)
         elif w is None and getattr(self.loss, "class_weight", None) is None:
@@ -187,8 +194,6 @@ class Trainer:
         else:
             ops.total_weight(self.loss, y, w, state)
             reduction.exchange.sum_state(state, Slot.TOTAL_WEIGHT)
-        if self.regularizer is not None and self.ranks.first:  # it is in the sum of the ranks' costs once
-            ops.penalty(net._theta, self._penalised, self.regularizer, state)
 
     def _update(self) -> None:
         """Hand the gradient to the optimizer: all of it, or only the biases' where the weights have had theirs."""
@@ -318,17 +323,18 @@ class Trainer:
         """The loss L (without λΩ) and the metrics on data, as {"loss": …, "accuracy": …}; arguments as in `fit`.
 
         x may be a `Stream`, which has its own targets and weights: it is read piece by piece. Where there is an average
-        of the weights, these are the figures of the averaged weights.
+        of the weights, these are the figures of the averaged weights. Any rank may call it, and does all of it.
         """
         if isinstance(x, Stream):
             if y is not None or sample_weight is not None:
                 raise ValueError("y, sample_weight: a stream has its own; give it alone")
             stream = self._checked(x)
             labels = stream.piece(0).y.ndim == 1  # type: ignore[union-attr]  # it has been checked
-            return self._evaluate(stream, merits.chosen(metrics, self.loss.name, self.net.sizes[-1], labels))
+            names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], labels)
+            return self._evaluate(stream, names, ranks.ALONE)
         x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss)
         names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], y.ndim == 1)
-        return self._evaluate((x, y, w), names)
+        return self._evaluate((x, y, w), names, ranks.ALONE)
 
     def _checked(self, stream: Stream) -> Stream:
         """A stream whose every piece is checked as arrays are, by the threads that read it."""
@@ -343,11 +349,18 @@ class Trainer:
 
         return stream.prepared(check)
 
-    def _evaluate(self, dataset: Parts | Stream, names: Sequence[str]) -> dict[str, float]:
-        """L and the metrics of the model, averaged weights and all, on data that have been checked."""
+    def _evaluate(self, dataset: Parts | Stream, names: Sequence[str], among: Ranks) -> dict[str, float]:
+        """L and the metrics of the model, averaged weights and all, on data that have been checked.
+
+        Each of the ranks works on its part of the rows, or of the chunks of a stream, and has the figures of all.
+        """
         ops = self.net._ops
-        figures = [merits.make(name, self.loss.name, self.net.sizes[-1]) for name in names]
-        pieces = (piece.arrays() for piece in dataset.pieces()) if isinstance(dataset, Stream) else [dataset]
+        figures, merged = ([merits.make(name, self.loss.name, self.net.sizes[-1]) for name in names] for _ in range(2))
+        if isinstance(dataset, Stream):
+            pieces: Iterator[Parts] = (piece.arrays() for piece in dataset.pieces(among.rank, among.size))
+        else:
+            own = among.part(len(dataset[0]))
+            pieces = iter([cast(Parts, tuple(None if part is None else part[own] for part in dataset))])
         mean = total = 0.0
         with self.averaged_weights():
             for x, y, w in pieces:
@@ -355,6 +368,8 @@ class Trainer:
                 weight = ops.read_state(self.net._state, Slot.TOTAL_WEIGHT)
                 total += weight
                 mean += (loss - mean) * (weight / total if total else 0.0)
+        if among.size > 1:
+            mean, figures = _merged(among, mean, total, figures, merged), merged
         return {"loss": mean, **{figure.name: figure.value() for figure in figures}}
 
     def _evaluate_piece(self, x: Array, y: Array, w: Array | None, figures: Sequence[Metric]) -> float:
@@ -381,7 +396,9 @@ class Trainer:
         if self._handed is not None:
             self._refuse_divergence(self._handed)
         self._refuse_bad_weights()
-        return checkpoint.write(path, resuming.snapshot(self))
+        found = resuming.snapshot(self)
+        self.ranks.on_first(lambda: checkpoint.write(path, found))
+        return Path(path)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Go on from a file that `save` wrote, or from a checkpoint of a `fit`; later steps give the same bits.
@@ -389,7 +406,8 @@ class Trainer:
         FileNotFoundError where there is no file, ValueError where it is damaged or of a trainer with another network,
         optimizer, … than this one; nothing is changed then.
         """
-        resuming.restore(self, checkpoint.read(path, lambda header: resuming.fits(self, header)))
+        found = self.ranks.on_first(lambda: checkpoint.read(path, lambda header: resuming.fits(self, header)))
+        resuming.restore(self, cast(checkpoint.Snapshot, resuming.shared(self, found)))
 
     # --- inside ---
 
@@ -414,6 +432,7 @@ class Trainer:
             "dropout": any(self.net.dropout),
             "clip_norm": self.clip_norm is not None,
             "average": self.average is not None,
+            "parallel.shard_optimizer": isinstance(self.parallel, Parallel) and self.parallel.shard_optimizer,
         }
         for argument, value in given.items():
             if value:
@@ -454,22 +473,22 @@ class Trainer:
             self._sink = self._reduction.watched(self._sink)
 
     def _agree(self) -> None:
-        """See that all ranks train the same network in the same way, and give them the first one's weights; once."""
-        if self._agreed or self.ranks.size == 1:
-            return
-        self._agreed = True
-        self.refuse_differences(resuming.recipe(self))
-        self._share_weights()
+        """What `_share` does, before the first of the steps in a loop of one's own."""
+        if not self._agreed:
+            self._share(resuming.recipe(self))
 
-    def refuse_differences(self, recipe: Mapping[str, Any]) -> None:
-        """ValueError where another rank has another ``recipe``, which names the differences."""
+    def _share(self, recipe: Mapping[str, Any]) -> None:
+        """Give every rank the first one's weights; ValueError that names the differences where a ``recipe`` is another.
+
+        Weights that were drawn or loaded alike are the same already, but for machines of several kinds.
+        """
+        self._agreed = True
+        if self.ranks.size == 1:
+            return
         first, *others = map(json.loads, self.ranks.texts(json.dumps(recipe)))
         for rank, other in enumerate(others, 1):
             if found := resuming.differences(first, other, "", ("is", "on rank 0 and", f"on rank {rank}")):
                 raise ValueError(f"parallel: the ranks were not started alike: {'; '.join(found)}")
-
-    def _share_weights(self) -> None:
-        """θ ← that of the first rank."""
         net, ops = self.net, self.net._ops
         theta = np.array(ops.to_host(net._theta))
         self.ranks.broadcast(theta)
@@ -648,3 +667,17 @@ class Trainer:
             chosen = slice(start, start + part.rows)
             net._add_loss(part, self.loss, y[chosen], None if w is None else w[chosen], state)
         return "" if math.isfinite(ops.read_state(state, Slot.COST)) else ", first in the loss"
+
+
+def _merged(among: Ranks, mean: float, total: float, figures: Sequence[Metric], fresh: Sequence[Metric]) -> float:
+    """The mean loss over the rows of all ranks, from each one's and its weight; ``fresh`` take the figures in."""
+    sums = [np.array([total, mean]), *(figure.sums() for figure in figures)]
+    ends = np.cumsum([len(part) for part in sums])[:-1]
+    mean = total = 0.0
+    for row in among.gather(np.concatenate(sums)):
+        (weight, loss), *others = np.split(row, ends)
+        total += weight
+        mean += (loss - mean) * (weight / total if total else 0.0)
+        for figure, other in zip(fresh, others):
+            figure.merge(other)
+    return float(mean)

@@ -115,7 +115,10 @@ class CudaOperations(Operations):
     def exchange(self, ranks: Any, g: Array, buckets: Sequence[Bucket], wire: str, scatter: bool) -> Exchange:
         from .nccl import NcclExchange
 
-        return NcclExchange(ranks, g, buckets, wire, scatter)
+        if wire == "full":
+            return NcclExchange(ranks, g, buckets, wire, scatter, None, self.copy)
+        narrow = CudaOperations(precision_table.get("bfloat16"))  # whose kernels cast to it
+        return NcclExchange(ranks, g, buckets, wire, scatter, narrow.precision.storage_dtype, narrow.copy)
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
         for slot, value in values.items():

@@ -11,9 +11,19 @@ from typing import Any
 import cupy
 import numpy as np
 
+from ..parallel.ranks import local_rank
 from . import gemm, launch
 
 OLDEST = 70  # compute capability × 10 that the kernels are compiled for
+
+
+def take_own(count: int) -> None:
+    """Of the ``count`` devices of a machine use the one that the launcher's number of this process says.
+
+    A device that the program has chosen itself stays.
+    """
+    if count > 1 and cupy.cuda.runtime.getDevice() == 0:
+        cupy.cuda.Device(local_rank() % count).use()
 
 
 @functools.cache
@@ -26,6 +36,7 @@ def obstacle() -> str:
         return _no_device(runtime, error)
     if not count:
         return "the driver finds no NVIDIA GPU"
+    take_own(count)  # before anything is allocated on another
     capability = cupy.cuda.Device().compute_capability
     if int(capability) < OLDEST:
         return f"the GPU has compute capability {capability}; the kernels need {OLDEST} or later"

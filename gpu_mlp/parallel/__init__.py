@@ -35,6 +35,18 @@ class Parallel:
         checks.integer("bucket_bytes", self.bucket_bytes, 1)
 
 
+MODES = {"auto": None, "on": True, "off": False}
+
+
+def named(mode: str, shard_optimizer: bool, wire: str) -> Parallel | bool | None:
+    """What a trainer takes, from words: "auto" (where the program was started so), "on" or "off"."""
+    checks.choice("parallel", mode, MODES)
+    options = Parallel(shard_optimizer, wire)
+    if mode == "off" and options != Parallel():
+        raise ValueError("parallel: off, so that shard_optimizer and wire have no meaning; leave them out")
+    return options if mode == "on" else MODES[mode] if options == Parallel() else options
+
+
 def check(parallel: Parallel | bool | None) -> Parallel | bool | None:
     """``parallel`` as a trainer takes it: options, True, False, or None."""
     if parallel is None or isinstance(parallel, (bool, Parallel)):

@@ -7,11 +7,13 @@ numbers, never a pickle.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import cached_property
@@ -27,6 +29,8 @@ LEAST_PART = 64  # rows, of a batch that is cut so
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # what a launcher tells
 LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 LAUNCH = "mpiexec -n N python -m mpi4py"
+MOMENT = 3.0  # seconds that a rank which fails waits for the others to fail alike
+DIGEST = 16
 T = TypeVar("T")
 
 
@@ -81,6 +85,9 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank."""
 
+    def parted(self) -> None:
+        """The last call of a rank that fails."""
+
     def on_first(self, work: Callable[[], T]) -> T | None:
         """What ``work`` returns on the first rank, which alone does it, and None elsewhere; its error on every rank."""
         result, error = None, None
@@ -98,13 +105,12 @@ class Ranks:
             )(text)
         return result
 
-    def together(self, failure: str) -> str:
-        """What failed on any rank, with the ranks named where it is not the same on all; "" where nothing did."""
-        texts = self.texts(failure)
-        if len(set(texts)) == 1:
-            return texts[0]
-        found = ((rank, text) for rank, text in enumerate(texts) if text)
-        return "; ".join(f"rank {rank}: {text}" for rank, text in found)
+    def blame(self, failure: str) -> str:
+        """What this rank should tell of its failure, which ends the job: all of it, with the rank's name, or nothing.
+
+        Where every rank fails within a moment for the same reason, bad options say, the first one tells it alone.
+        """
+        return failure
 
     def cores(self) -> int:
         """How many of the cores that this process may use are its own, where ranks on one machine share them."""
@@ -124,6 +130,7 @@ class MPIRanks(Ranks):
         near = self.comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = near.rank, near.size
         self._near = near
+        self._failures = self.comm.Dup()  # of its own, since a rank that fails may be waited for in any other
 
     @cached_property
     def halves(self) -> tuple[Any, Any]:
@@ -167,11 +174,36 @@ class MPIRanks(Ranks):
     def barrier(self) -> None:
         self.comm.Barrier()
 
+    def blame(self, failure: str) -> str:
+        said, found = _digest(failure), np.empty((self.size, DIGEST), np.uint8)
+        request = self._failures.Iallgather(said, found)
+        if not _within(MOMENT, request.Test) or (found != said).any():
+            return f"rank {self.rank}: {failure}"
+        return failure if self.first else ""
+
+    def parted(self) -> None:
+        """Wait a moment for the others, who may still have something to tell: a rank that ends the job ends them."""
+        _within(MOMENT, self._failures.Ibarrier().Test)
+
     def cores(self) -> int:
         own = _cores()
         others = [set(json.loads(text)) for text in _texts(self._near, json.dumps(sorted(own)))]
         share = sum((Fraction(1, sum(core in cores for cores in others)) for core in own), Fraction(0))
         return max(1, math.floor(share))
+
+
+def _digest(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=DIGEST).digest(), np.uint8)
+
+
+def _within(seconds: float, done: Callable[[], bool]) -> bool:
+    """Whether something is done before so much time has passed."""
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _texts(comm: Any, text: str) -> list[str]:
@@ -221,6 +253,11 @@ def join(wanted: bool | None) -> Ranks:
             "than that of the launcher (srun: try --mpi=pmi2 or --mpi=pmix); parallel=False trains each by itself"
         )
     return _joined if wanted or _joined.size > 1 else ALONE
+
+
+def joined() -> Ranks:
+    """The ranks that this process has joined; `ALONE` where it has not."""
+    return ALONE if _joined is None else _joined
 
 
 def has_mpi4py() -> bool:

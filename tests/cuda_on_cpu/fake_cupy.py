@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import importlib.machinery
 import math
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import compiler, fake_cublas, fake_cublaslt, streams
+from . import compiler, fake_cublas, fake_cublaslt, fake_nccl, streams
 from .emulator import Emulator, Pointer, fill
 from .streams import CUDARuntimeError, Event, Graph, Order, Stream
 
@@ -408,7 +409,11 @@ class ElementwiseKernel:
         outputs = list(args[len(self._inputs) :])
         shape = np.broadcast_shapes(*(a.shape for a in (*inputs, *outputs)))
         outputs = outputs or [empty(shape, dtype) for _ in self._outputs]
-        plain = [_on_device(np.ascontiguousarray(np.broadcast_to(_host(a), shape))) for a in inputs]
+        plain = [
+            a if a.shape == shape and a.flags.c_contiguous
+            else _on_device(np.ascontiguousarray(np.broadcast_to(_host(a), shape)))
+            for a in inputs
+        ]  # fmt: skip
         targets = [a if a.flags.c_contiguous else a.copy() for a in outputs]
         count = math.prod(shape)
         if count:
@@ -481,7 +486,7 @@ class Device:
     compute_capability = "90"
     mem_info = (MEMORY, MEMORY)
     cublas_handle = fake_cublas.HANDLE
-    pci_bus_id = "0000:00:00.0"
+    pci_bus_id = f"0000:{int(os.environ.get('MPI_LOCALRANKID', 0)):02x}:00.0"  # each process has its own device
 
     def __int__(self) -> int:
         return self.id
@@ -606,8 +611,10 @@ cublas = _module("cupy_backends.cuda.libs.cublas", **fake_cublas.names(device))
 nvmath_cublas = _module("nvmath.bindings.cublas", **fake_cublas.nvmath_names(device))
 nvmath_cublaslt = _module("nvmath.bindings.cublasLt", **fake_cublaslt.names(device))
 nvmath_bindings = _module("nvmath.bindings", cublas=nvmath_cublas, cublasLt=nvmath_cublaslt)
+nccl = _module("cupy.cuda.nccl", **fake_nccl.names(device))
 cuda = _module(
     "cupy.cuda",
+    nccl=nccl,
     runtime=runtime,
     driver=driver,
     cublas=cublas,
@@ -691,6 +698,7 @@ MODULES = {
     "cupy.cuda.runtime": runtime,
     "cupy.cuda.driver": driver,
     "cupy.cuda.cublas": cublas,
+    "cupy.cuda.nccl": nccl,
     **{
         f"cupy.cuda.{name}": getattr(cuda, name) for name in ("compiler", "device", "stream", "memory", "pinned_memory")
     },
@@ -708,7 +716,8 @@ MODULES = {
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-USERS = tuple(f"gpu_mlp.ops.{name}" for name in ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "staging"))
+ROOMS = ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "nccl", "staging")
+USERS = tuple(f"gpu_mlp.ops.{name}" for name in ROOMS)
 
 
 @contextlib.contextmanager

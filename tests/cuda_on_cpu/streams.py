@@ -33,11 +33,20 @@ class Order:
     check: Callable[[], None] = staticmethod(lambda: None)  # raises where the device is broken
 
 
+class Capture:
+    """A graph in the making: its work, and the streams that it began in or that an event has led it into."""
+
+    def __init__(self, origin: Stream) -> None:
+        self.origin, self.works = origin, []
+        self.streams, self.loose = {origin}, set()  # loose: forked, with work that the origin has not waited for
+
+
 class Token:
     """A point in a stream's work."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream, self.done = stream, False
+        self.capture, self.last = stream._captured, 0
 
     def __call__(self) -> None:
         self.done = True
@@ -57,6 +66,7 @@ class Event:
         stream = stream or current()
         self._token = Token(stream)
         stream.submit(self._token)
+        self._token.last = stream._works
 
     def synchronize(self) -> None:
         Order.count("synchronisations")
@@ -90,7 +100,8 @@ class Stream:
         self.ptr = 0 if null else next(Stream._numbers)
         self.device_id = 0
         self._queue: collections.deque[Work] = collections.deque()
-        self._captured: list[Work] | None = None
+        self._works = 0  # captured so far
+        self._captured: Capture | None = None
         Stream.living[self.ptr] = self
 
     # --- CuPy's names ---
@@ -122,7 +133,23 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         token = event._token
+        if token is not None and token.capture is not None:
+            self._follow(token)
+        elif self._captured is not None:
+            raise CUDARuntimeError("cudaErrorStreamCaptureIsolation: the event is not of the capture")
         self.submit(lambda: _force(token))
+
+    def _follow(self, token: Token) -> None:
+        """Wait for a point in a capture: a stream that was not in it is from now on."""
+        capture = token.capture
+        if capture.origin._captured is not capture:
+            raise CUDARuntimeError("cudaErrorCapturedEvent: the event is of a capture that has ended")
+        if self._captured is None:
+            self.drain()
+            self._captured = capture
+            capture.streams.add(self)
+        elif token.last == token.stream._works:
+            capture.loose.discard(token.stream)
 
     def begin_capture(self, mode: Any = None) -> None:
         if self.ptr == 0:
@@ -130,13 +157,17 @@ class Stream:
         if self._captured is not None:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is capturing already")
         self.drain()
-        self._captured = []
+        self._captured = Capture(self)
 
     def end_capture(self) -> Graph:
         if self._captured is None:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is not capturing")
-        works, self._captured = self._captured, None
-        return Graph(works)
+        capture = self._captured
+        for stream in capture.streams:
+            stream._captured = None
+        if capture.loose:
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnjoined: a stream that was led into it was not joined")
+        return Graph(capture.works)
 
     def is_capturing(self) -> bool:
         return self._captured is not None
@@ -147,7 +178,10 @@ class Stream:
         """Do ``work`` in this stream: now, when the stream is waited for, or in a graph."""
         Order.check()
         if self._captured is not None:
-            self._captured.append(work)
+            self._captured.works.append(work)
+            self._works += 1
+            if self is not self._captured.origin:
+                self._captured.loose.add(self)
         elif Order.lagging in ("all", "side" if self.ptr else "null"):
             self._queue.append(work)
         else:
