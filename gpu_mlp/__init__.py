@@ -34,6 +34,7 @@ from .optimizers import (
     RAdam,
     RMSprop,
 )
+from .parallel import Parallel
 from .regularizers import L1, L2, ElasticNet
 from .schedules import (
     Constant,
@@ -91,6 +92,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "OneCycle",
+    "Parallel",
     "Poisson",
     "RAdam",
     "RMSprop",

@@ -78,6 +78,8 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     _say(f"{run.options.data}: " + ", ".join(f"{len(part)} {name}" for name, part in parts.items()) + " rows")
     shape = f"{' → '.join(map(str, net.sizes))}, {net.n_parameters:,} parameters"
     _say(f"network: {shape}, {net.precision} on {net.device}{_why_not_cuda(options.device, net.device)}")
+    if run.ranks.size > 1:
+        _say(f"{run.ranks.size} ranks: each works on its part of every batch")
     if net.device == "cuda":
         _say(f"device memory: {run.trainer.plan(run.options.batch_size).summary()}")
     if resume is not None:

@@ -357,7 +357,7 @@ def test_validation_by_fraction_holds_out_that_share_of_every_class(monkeypatch)
     y[:70], y[70:90], y[90:] = 0, 1, 2
     held = {}
 
-    def spy(self, dataset, names):
+    def spy(self, dataset, names, among):
         vx, vy, vw = dataset
         held.update(x=vx.copy(), y=vy.copy(), w=vw.copy())
         return {"loss": 1.0}
