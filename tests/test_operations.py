@@ -51,6 +51,7 @@ from gpu_mlp.activations import ACTIVATIONS, Scratch
 from gpu_mlp.ops import launch, numpy_ops, sharing
 from gpu_mlp.ops.interface import ALIGNMENT, Dropout, Layout, Operations, Slot
 from gpu_mlp.ops.numpy_ops import BLOCK, LARGE_GEMM, SMALL_GEMM, NumpyOperations
+from gpu_mlp.parallel import buckets, ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1226,6 +1227,10 @@ def check_gradient_norm(bench, sizes, regularizer, part):
     whole = g0 / 16
     whole[:n] += penalty_gradient(theta0[:n], regularizer)
     assert_close(bench.read(state, Slot.GRADIENT_NORM), math.sqrt((whole**2).sum()), bench.master_tolerance)
+    some = [slice(0, layout.size // 3), slice(layout.size // 2, layout.size)]
+    bench.ops.gradient_norm(theta, g, n, regularizer, state, some)
+    squares = sum((whole[part] ** 2).sum() for part in some)
+    assert_close(bench.read(state, Slot.GRADIENT_NORM), math.sqrt(squares), bench.master_tolerance)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -1499,6 +1504,55 @@ def test_finish_step_doubles_the_loss_scale_after_enough_good_steps(bench, monke
 
 
 # --- what surrounds them ----------------------------------------------------------------------------------------
+
+
+class OneRank(ranks.Ranks):
+    """A job of one rank, and of MPI what sums on the host ask for; several ranks are in `test_parallel.py`."""
+
+    class mpi:
+        FLOAT, DOUBLE, UINT16_T, IN_PLACE = "f", "d", "u2", None
+
+        class Request:
+            Waitall = staticmethod(lambda requests: None)
+            Wait = staticmethod(lambda: None)
+            Test = staticmethod(lambda: True)
+
+        class Comm:
+            def Ialltoallv(self, sent, received):
+                assert sent[-1] == received[-1]
+                received[0][...] = sent[0]
+                return OneRank.mpi.Request
+
+            def Iallgatherv(self, sent, received):
+                return OneRank.mpi.Request
+
+    halves = (mpi.Comm(), mpi.Comm())
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("wire", ["full", "bfloat16"])
+def test_exchange(bench, wire, scatter):
+    """The sum over one rank is what it has, or that rounded to what travels; slices and numbers stay its own."""
+    layout = Layout([31, 7, 64, 5], bench.master.itemsize)
+    g, g0 = bench.normal(layout.size, dtype=bench.master)
+    cut = buckets.cut(layout, 1, 1, False)
+    exchange = bench.ops.exchange(OneRank(), g, cut, wire, scatter)
+    for bucket in range(len(cut)):
+        exchange.begin(bucket)
+        exchange.poke()
+    exchange.finish()
+    narrow = precision.get("bfloat16").storage_dtype
+    expected = g0.astype(bench.master)
+    rounded = expected.astype(narrow).astype(bench.master)
+    assert same_bits(bench.host(g), expected if wire == "full" else rounded)
+    before = bench.host(g).copy()
+    exchange.gather(g)
+    assert same_bits(bench.host(g), before)
+    state = bench.state(COST=-3.5)
+    exchange.sum_state(state, Slot.COST)
+    assert bench.read(state, Slot.COST) == -3.5
+    exchange.sum_state(state, Slot.COST, squares=True)
+    assert bench.read(state, Slot.COST) == 3.5
 
 
 @pytest.mark.parametrize("rows", [1, 64, 10**6])
