@@ -24,7 +24,7 @@ HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pa
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
-    "ops.philox",
+    "ops.philox", "ops.choices",
 }  # fmt: skip
 ROWS = [
     LEAVES,
@@ -33,7 +33,8 @@ ROWS = [
     {"readers.tabular", "readers.idx", "readers.numpy_files"},
     {"readers.csv_files", "readers.parquet_files"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "shards", "ops.launch"},
+    {"data", "shards", "ops.launch", "ops.search"},
+    {"ops.lt"},
     {"tables", "ops.gemm", "ops.staging"},
     {"folders", "ops.graphs"},
     {"streams"},
@@ -51,12 +52,14 @@ LEANS = {  # of the leaves: what each may import of the package
     "losses": {"checks", "activations"},
     "optimizers": {"checks", "activations"},
     "ops.philox": set(),
+    "ops.choices": {"notices"},
     "checks": set(),
     "failures": {"history"},
     "checkpoint": {"checks", "history", "tensorfile"},
     "logs": {"checks", "tensorfile"},
 }
-CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.staging"}
+CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.lt",
+        "ops.search", "ops.staging"}  # fmt: skip
 CLI = {"cli", "__main__"}
 
 

@@ -620,7 +620,7 @@ cuda = _module(
     alloc=alloc,
     alloc_pinned_memory=alloc_pinned_memory,
     get_current_stream=_current_stream,
-    get_elapsed_time=lambda start, end: 0.0,
+    get_elapsed_time=streams.elapsed,
     set_allocator=lambda allocator=None: None,
     get_cublas_handle=lambda: fake_cublas.HANDLE,
     get_device_id=lambda: 0,
@@ -708,7 +708,10 @@ MODULES = {
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-USERS = tuple(f"gpu_mlp.ops.{name}" for name in ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "staging"))
+USERS = tuple(
+    f"gpu_mlp.ops.{name}"
+    for name in ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "lt", "search", "staging")
+)
 
 
 @contextlib.contextmanager
