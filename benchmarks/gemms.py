@@ -187,11 +187,12 @@ class Algorithms:
         from nvmath.bindings import cublasLt as lt
 
         from gpu_mlp.ops import gemm
+        from gpu_mlp.ops.lt import TYPES
 
         self._lt, self._arrays = lt, (a, b, out)
         compute = gemm._COMPUTE_32F_FAST_TF32 if of.reduced_gemm else gemm._COMPUTE_32F
         self._handle = lt.create()
-        self._operation = lt.matmul_desc_create(compute, gemm._TYPES["float32"])
+        self._operation = lt.matmul_desc_create(compute, TYPES["float32"])
         for attribute, transposed in (
             (3, transpose_b),
             (4, transpose_a),
@@ -199,7 +200,7 @@ class Algorithms:
             value = np.array([int(transposed)], np.int32)
             lt.matmul_desc_set_attribute(self._operation, attribute, value.ctypes.data, value.nbytes)
         self._layouts = [
-            lt.matrix_layout_create(gemm._TYPES[x.dtype.name], x.shape[1], x.shape[0], x.shape[1]) for x in (b, a, out)
+            lt.matrix_layout_create(TYPES[x.dtype.name], x.shape[1], x.shape[0], x.shape[1]) for x in (b, a, out)
         ]
         self._workspace = cupy.empty(32 << 20, cupy.uint8)
         self._scalars = np.array([1, 0], np.float32)

@@ -25,6 +25,7 @@ from cuda_on_cpu.fixtures import emulated_gpu  # noqa: F401
 from gpu_mlp.ops import cuda_obstacle
 
 NO_GPU = "no GPU to test on"
+os.environ["GPU_MLP_CACHE"] = "0"  # nothing is searched; what is about searching has a folder of its own
 
 
 @functools.cache

@@ -25,7 +25,7 @@ LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
     "parallel", "parallel.ranks",
-    "ops.philox",
+    "ops.philox", "ops.choices",
 }  # fmt: skip
 ROWS = [
     LEAVES,
@@ -34,7 +34,8 @@ ROWS = [
     {"readers.tabular", "readers.idx", "readers.numpy_files"},
     {"readers.csv_files", "readers.parquet_files"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "shards", "ops.launch", "ops.exchange"},
+    {"data", "shards", "ops.launch", "ops.search", "ops.exchange"},
+    {"ops.lt"},
     {"tables", "ops.gemm", "ops.staging", "ops.mpi", "parallel.buckets"},
     {"folders", "ops.graphs", "ops.nccl"},
     {"streams"},
@@ -52,14 +53,15 @@ LEANS = {  # of the leaves: what each may import of the package
     "losses": {"checks", "activations"},
     "optimizers": {"checks", "activations"},
     "ops.philox": set(),
+    "ops.choices": {"notices"},
     "checks": set(),
     "failures": {"history"},
     "checkpoint": {"checks", "history", "tensorfile"},
     "logs": {"checks", "tensorfile"},
     "parallel.ranks": {"notices"},
 }
-CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch",
-        "ops.nccl", "ops.staging"}  # fmt: skip
+CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.lt",
+        "ops.nccl", "ops.search", "ops.staging"}  # fmt: skip
 CLI = {"cli", "__main__"}
 
 

@@ -3,29 +3,35 @@
 cuBLAS is column-major: a C-order (m, n) array is to it an (n, m) one. C = A B in C order is Cᵀ = Bᵀ Aᵀ in its eyes,
 so the factors change places and nothing is moved.
 
-Leans on nvmath-python's binding of cublasGemmEx, with a handle and a workspace of our own, which a CUDA graph can hold;
-where that package is missing on CuPy's, which refuses to be captured.
+Leans on nvmath-python's bindings, with handles and workspaces of our own, which a CUDA graph can hold: on `lt` for
+cublasLt, and on cublasGemmEx for what that does not take. Where the package is missing on CuPy's cuBLAS, which refuses
+to be captured.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import cupy
 import numpy as np
 
+from ..notices import say_once
 from ..precision import Precision
+from . import launch, lt
 from .launch import device_error
+from .lt import Operands, Place, Product
 
-_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70  # cublasComputeType
 _DEFAULT_ALGORITHM = -1  # CUBLAS_GEMM_DEFAULT: cuBLAS chooses
 _TRANSPOSED = {False: 0, True: 1}  # CUBLAS_OP_N, CUBLAS_OP_T
 _ON_HOST, _ON_DEVICE = 0, 1  # cublasPointerMode: where alpha and beta are
-# cuBLAS advises 32 MiB from Hopper on, 4 MiB before. Less leaves room for our own scratch in the memory plan: partial
-# sums of 8.3 MiB on 132 multiprocessors, 10 MiB on 160.
-WORKSPACE_BYTES = {True: 20 << 20, False: 4 << 20}
+# For both streams together, half of it for each: an algorithm runs in either. cuBLAS advises 32 MiB from Hopper on,
+# 4 MiB before. Less leaves room for our own scratch in the memory plan: partial sums of 8.3 MiB on 132 multiprocessors,
+# 10 MiB on 160. What an algorithm needs it for, the parts of sums that are split, is wanted by small results only.
+WORKSPACE_BYTES = {True: 20 << 20, False: 8 << 20}
 
 
 class GEMM:
@@ -64,20 +70,103 @@ class GEMM:
             return
         address = self._host_pair(alpha, beta) if factors is None else factors.data.ptr
         library = binding()
-        library.prepare(_ON_HOST if factors is None else _ON_DEVICE)
+        overwrites = factors is None and beta == 0
+        plan, at = self._planned(
+            library, a, b, out, (transpose_a, transpose_b), address, factors is not None, overwrites
+        )
         try:
+            if plan is not None:
+                plan.run(at, library.place())
+                return
+            library.prepare(_ON_HOST if factors is None else _ON_DEVICE)
             library.gemm(
                 library.handle,
                 _TRANSPOSED[transpose_b],
                 _TRANSPOSED[transpose_a],
                 n, m, k,
-                address, b.data.ptr, _TYPES[b.dtype.name], b.shape[1],
-                a.data.ptr, _TYPES[a.dtype.name], a.shape[1],
-                address + self.scalar.itemsize, out.data.ptr, _TYPES[out.dtype.name], n,
+                address, b.data.ptr, lt.TYPES[b.dtype.name], b.shape[1],
+                a.data.ptr, lt.TYPES[a.dtype.name], a.shape[1],
+                address + self.scalar.itemsize, out.data.ptr, lt.TYPES[out.dtype.name], n,
                 self._compute, _DEFAULT_ALGORITHM,
             )  # fmt: skip
         except Exception as error:
             raise device_error(error, "GEMM", (a, b, out)) from error
+
+    def fused(
+        self,
+        epilogue: int,
+        a: Any,
+        b: Any,
+        out: Any,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        bias: Any = None,
+        auxiliary: Any = None,
+    ) -> Callable[[], None] | None:
+        """Something that queues out = epilogue(op(a) op(b)), an epilogue of `lt`; None where cublasLt has no way to.
+
+        bias: (n,) of out's dtype, or what the bias gradient goes to; auxiliary: the mask, or z.
+        """
+        library = binding()
+        if 0 in (*out.shape, *a.shape) or library.lt is None:
+            return None
+        beside = [0 if array is None else array.data.ptr for array in (bias, auxiliary)]
+        address, transposed = self._host_pair(1.0, 0.0), (transpose_a, transpose_b)
+        plan, at = self._planned(library, a, b, out, transposed, address, False, True, epilogue, *beside)
+        if plan is None:
+            return None
+        arrays = a, b, out, bias, auxiliary  # stay alive with the work
+
+        def run() -> None:
+            try:
+                plan.run(at, binding().place())
+            except Exception as error:
+                raise device_error(error, "GEMM", arrays) from error
+
+        return run
+
+    def _planned(
+        self,
+        library: Any,
+        a: Any,
+        b: Any,
+        out: Any,
+        transposed: tuple[bool, bool],
+        scalars: int,
+        on_device: bool,
+        overwrites: bool,
+        epilogue: int = lt.DEFAULT,
+        bias: int = 0,
+        auxiliary: int = 0,
+    ) -> tuple[Any, Operands]:
+        """cublasLt's plan of a product, or None, and its operands."""
+        at = Operands(a.data.ptr, b.data.ptr, out.data.ptr, scalars, bias, auxiliary)
+        if library.lt is None:
+            return None, at
+        (m, n), k = out.shape, a.shape[0] if transposed[0] else a.shape[1]
+        aligned = lt.alignment(at.a), lt.alignment(at.b), lt.alignment(at.out)
+        product = Product(
+            m, n, k, *transposed, (a.dtype.name, out.dtype.name), self._compute, self.scalar.name, on_device,
+            aligned, epilogue,
+        )  # fmt: skip
+
+        def rehearsal() -> Operands | None:
+            if overwrites:
+                return at
+            try:
+                library.spare = cupy.empty_like(out)  # what stands in out is needed
+            except cupy.cuda.memory.OutOfMemoryError:
+                return None
+            return at._replace(out=library.spare.data.ptr)
+
+        try:
+            return library.lt.plan(product, library.place(), rehearsal), at
+        except Exception as error:
+            say_once(f"cublasLt cannot be used ({type(error).__name__}: {error}); cublasGemmEx takes its place")
+            library.lt = None
+            return None, at
+        finally:
+            library.spare = None
 
     def _host_pair(self, alpha: float, beta: float) -> int:
         """The address of two numbers in the host's memory, which stay there."""
@@ -94,7 +183,7 @@ class GEMM:
 
 
 class _Nvmath:
-    """cuBLAS through nvmath-python, on a handle of our own."""
+    """cuBLAS through nvmath-python, on handles of our own."""
 
     in_graphs = True
 
@@ -106,25 +195,52 @@ class _Nvmath:
         self.handle = cublas.create()
         hopper = int(cupy.cuda.Device().compute_capability) >= 90
         self._workspace = cupy.empty(WORKSPACE_BYTES[hopper], np.uint8)
-        self._stream: int | None = None
+        self._half = self._workspace.nbytes // 2
+        self._aside = False
+        self._placed: tuple[int, bool] | None = None
         self._mode = _ON_HOST
+        self.spare: Any = None  # what a search writes to
+        self.lt = self._find_lt()
+
+    def place(self) -> Place:
+        """The current stream, with the workspace that is its own."""
+        start = self._workspace.data.ptr + (self._half if self._aside else 0)
+        return Place(cupy.cuda.get_current_stream().ptr, start, self._half)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it products run beside those of another stream, and keep out of their workspace."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     def prepare(self, mode: int) -> None:
         """Send what follows to the current stream, with alpha and beta read from where ``mode`` says."""
-        stream = cupy.cuda.get_current_stream().ptr
-        if stream != self._stream:
-            self._cublas.set_stream(self.handle, stream)
-            self._cublas.set_workspace(self.handle, self._workspace.data.ptr, self._workspace.nbytes)  # it was reset
-            self._stream = stream
+        place = self.place()
+        if (place.stream, self._aside) != self._placed:
+            self._cublas.set_stream(self.handle, place.stream)
+            self._cublas.set_workspace(self.handle, place.workspace, place.size)  # it was reset
+            self._placed = place.stream, self._aside
         if mode != self._mode:
             self._cublas.set_pointer_mode(self.handle, mode)
             self._mode = mode
+
+    def _find_lt(self) -> lt.Library | None:
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.device.get_device_id())
+        try:
+            return lt.Library(f"{properties['name'].decode()}, {launch.processors()} multiprocessors")
+        except Exception as error:  # a library that is missing, or too old for the binding
+            say_once(f"cublasLt cannot be used ({type(error).__name__}: {error}); cublasGemmEx takes its place")
+            return None
 
 
 class _CuPy:
     """cuBLAS through CuPy, on CuPy's handle, which follows CuPy's current stream."""
 
     in_graphs = False
+    lt = None
 
     def __init__(self) -> None:
         from cupy_backends.cuda.libs import cublas
@@ -139,6 +255,9 @@ class _CuPy:
 
     def prepare(self, mode: int) -> None:
         self._mode = mode
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _gemm(self, handle: int, *arguments: Any) -> None:
         before = self._cublas.getPointerMode(handle)  # the handle is CuPy's, and CuPy's own products rely on its mode

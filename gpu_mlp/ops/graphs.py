@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import cupy
-
 from ..notices import say_once
-from . import gemm
+from . import gemm, search
 from .interface import Recorder
 from .launch import device_error
 
@@ -20,7 +18,9 @@ MOST_GRAPHS = 32  # of one recorder; a user who sends ever new batch sizes gets 
 
 
 class GraphRecorder(Recorder):
-    """Runs work as it is at first (which compiles kernels and grows scratch), then captures it, then replays it.
+    """Runs work as it is at first, then captures it, then replays it.
+
+    The first run compiles kernels, grows scratch, and looks for the fastest way to compute every product.
 
     keep: gives what a recording leans on beside the work itself.
     """
@@ -36,11 +36,14 @@ class GraphRecorder(Recorder):
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         if key in self._graphs:
             self._launch(self._graphs[key][0])
-        elif self._wanted and key in self._seen and len(self._graphs) < MOST_GRAPHS:
-            self._record(key, work)
-        else:
-            self._seen.add(key)
-            work()
+            return
+        new = key not in self._seen and len(self._seen) < MOST_GRAPHS
+        with search.tuning(searching=new):
+            if self._wanted and key in self._seen and len(self._graphs) < MOST_GRAPHS:
+                self._record(key, work)
+            else:
+                self._seen.add(key)
+                work()
 
     def clear(self) -> None:
         self._seen.clear()
@@ -51,7 +54,7 @@ class GraphRecorder(Recorder):
             self._fall_back("CuPy's cuBLAS cannot be captured (pip install nvmath-python)", work)
             return
         try:
-            graph = _captured(work)
+            graph = search.captured(work)
         except Exception as error:  # whatever a driver or a library objects to, the steps themselves still run
             self._fall_back(f"{type(error).__name__}: {error}", work)
             return
@@ -68,14 +71,3 @@ class GraphRecorder(Recorder):
         self._wanted = False
         say_once(f"steps are launched one kernel at a time, not as a CUDA graph: {why}")
         work()
-
-
-def _captured(work: Callable[[], None]) -> Any:
-    stream = cupy.cuda.Stream(non_blocking=True)  # the default stream cannot be captured
-    with stream:
-        stream.begin_capture()
-        try:
-            work()
-        finally:
-            graph = stream.end_capture()
-    return graph

@@ -385,7 +385,7 @@ class Emulator:
     the next before it counts as endless. ``counts``: launches, allocations, synchronisations, copies and GEMMs so far.
     ``log``: (kernel, grid, block) of each launch. ``traffic``: (kernel, bytes) of each launch, the bytes that all its
     threads together load and store, by the name of the parameter: {"g": (read, written), ...}. Where two arguments
-    share memory, the first of them has the bytes.
+    share memory, the first of them has the bytes. ``products``: each product of cublasLt that was queued.
     ``memory_limit``: bytes from which an allocation fails. ``broken_after``: how many more calls succeed, before every
     one fails for good.
     """
@@ -404,6 +404,7 @@ class Emulator:
         self.counts: collections.Counter[str] = collections.Counter()
         self.log: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.traffic: list[tuple[str, dict[str, tuple[int, int]]]] = []
+        self.products: list[Any] = []
         self.memory_limit: int | None = None
         self.broken_after: int | None = None
         self._read_only: list[tuple[int, int]] = []

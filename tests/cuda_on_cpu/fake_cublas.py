@@ -184,13 +184,32 @@ class _Library:
         self._stream_of(state).submit(product)
 
     def _product(
-        self, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc, Atype, Btype, Ctype, wide, tf32
+        self,
+        transa,
+        transb,
+        m,
+        n,
+        k,
+        alpha,
+        A,
+        lda,
+        B,
+        ldb,
+        beta,
+        C,
+        ldc,
+        Atype,
+        Btype,
+        Ctype,
+        wide,
+        tf32,
+        epilogue=lambda result, b: result,
     ) -> None:
         c = self._matrix("C", C, Ctype, m, n, ldc)
         start, end = C, C + ((n - 1) * ldc + m) * c.itemsize
         if self._device.is_read_only(start, end):
             raise ReadOnlyWrite("gemmEx: C was marked read-only by the caller")
-        result = np.zeros((m, n), wide)
+        result, b = np.zeros((m, n), wide), np.zeros((k, n), wide)
         if k and alpha:
             a = self._matrix("A", A, Atype, k if transa else m, m if transa else k, lda)
             b = self._matrix("B", B, Btype, n if transb else k, k if transb else n, ldb)
@@ -198,10 +217,12 @@ class _Library:
                 raise OutOfBounds("gemmEx: C overlaps A or B, which cuBLAS does not allow")
             a, b = (_rounded(x, tf32).astype(wide) for x in (a, b))
             with np.errstate(all="ignore"):
-                result = alpha * ((a.T if transa else a) @ (b.T if transb else b))
+                b = b.T if transb else b
+                result = alpha * ((a.T if transa else a) @ b)
         if beta:
             result = result + beta * c.astype(wide)
-        c[...] = result.astype(c.dtype)
+        with np.errstate(all="ignore"):
+            c[...] = epilogue(result, b).astype(c.dtype)
 
     @_check_integers
     def sgemm(self, handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc):

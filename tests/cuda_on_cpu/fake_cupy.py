@@ -627,7 +627,7 @@ cuda = _module(
     alloc=alloc,
     alloc_pinned_memory=alloc_pinned_memory,
     get_current_stream=_current_stream,
-    get_elapsed_time=lambda start, end: 0.0,
+    get_elapsed_time=streams.elapsed,
     set_allocator=lambda allocator=None: None,
     get_cublas_handle=lambda: fake_cublas.HANDLE,
     get_device_id=lambda: 0,
@@ -716,7 +716,7 @@ MODULES = {
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-ROOMS = ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "nccl", "staging")
+ROOMS = ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "lt", "nccl", "search", "staging")
 USERS = tuple(f"gpu_mlp.ops.{name}" for name in ROOMS)
 
 

@@ -2,7 +2,9 @@
 
 Work is done at once, unless a stream captures it into a graph, or `Order.lagging` says that a kind of stream does its
 work as late as it may: then a wait that was forgotten shows as a stale or an overwritten value. A graph keeps
-addresses, not arrays, as a real one does, so that memory which was freed behind its back is missed at the replay.
+addresses, not arrays, as a real one does, so that memory which was freed behind its back is missed at the replay. A
+stream that waits for an event of a capture joins it, and has to be waited for before the capture ends; at a replay it
+is a stream of the graph's own, which may lag as any other.
 """
 
 from __future__ import annotations
@@ -29,27 +31,20 @@ class Order:
     """
 
     lagging = ""
+    clock = 0.0  # seconds that the device has worked, by what the tests say a piece of work takes
     count: Callable[[str], None] = staticmethod(lambda name: None)
     check: Callable[[], None] = staticmethod(lambda: None)  # raises where the device is broken
-
-
-class Capture:
-    """A graph in the making: its work, and the streams that it began in or that an event has led it into."""
-
-    def __init__(self, origin: Stream) -> None:
-        self.origin, self.works = origin, []
-        self.streams, self.loose = {origin}, set()  # loose: forked, with work that the origin has not waited for
 
 
 class Token:
     """A point in a stream's work."""
 
     def __init__(self, stream: Stream) -> None:
-        self.stream, self.done = stream, False
-        self.capture, self.last = stream._captured, 0
+        self.stream, self.done, self.time = stream, False, 0.0
+        self.capture = stream._capture
 
     def __call__(self) -> None:
-        self.done = True
+        self.done, self.time = True, Order.clock
 
 
 class Event:
@@ -66,23 +61,62 @@ class Event:
         stream = stream or current()
         self._token = Token(stream)
         stream.submit(self._token)
-        self._token.last = stream._works
 
     def synchronize(self) -> None:
         Order.count("synchronisations")
         _force(self._token)
 
 
+def elapsed(start: Event, end: Event) -> float:
+    """Milliseconds between two events that are done."""
+    if not (start._token and end._token and start._token.done and end._token.done):
+        raise CUDARuntimeError("cudaErrorNotReady: device not ready")
+    return (end._token.time - start._token.time) * 1e3
+
+
+class Wait:
+    """A stream's work that waits for a point in another's."""
+
+    def __init__(self, token: Token | None) -> None:
+        self.token = token
+
+    def __call__(self) -> None:
+        _force(self.token)
+
+
+class Capture:
+    """What is captured: work in the order in which it was queued, each with its stream."""
+
+    def __init__(self, origin: Stream) -> None:
+        self.origin, self.open = origin, True
+        self.works: list[tuple[Stream, Work]] = []
+
+    def unjoined(self) -> bool:
+        """Whether a stream has work that the origin does not wait for."""
+        last = {stream: i for i, (stream, work) in enumerate(self.works) if not isinstance(work, Token)}
+        waited = [work.token for stream, work in self.works if stream is self.origin and isinstance(work, Wait)]
+        joined = {token.stream: i for i, (_, token) in enumerate(self.works) if token in waited}
+        return any(joined.get(stream, -1) < i for stream, i in last.items() if stream is not self.origin)
+
+
 class Graph:
     """Work that was captured, to be done again."""
 
-    def __init__(self, works: list[Work]) -> None:
-        self._works = works
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
 
     def launch(self, stream: Stream | None = None) -> None:
         Order.count("graph launches")
-        for work in self._works:
-            (stream or current()).submit(work)
+        streams = {self._capture.origin: stream or current()}
+        tokens: dict[Token, Token] = {}
+        for where, work in self._capture.works:
+            if where not in streams:
+                streams[where] = Stream(non_blocking=True)
+            if isinstance(work, Token):
+                tokens[work] = work = Token(streams[where])
+            elif isinstance(work, Wait) and work.token in tokens:
+                work = Wait(tokens[work.token])
+            streams[where].submit(work)
 
     def upload(self, stream: Stream | None = None) -> None:
         pass
@@ -100,8 +134,7 @@ class Stream:
         self.ptr = 0 if null else next(Stream._numbers)
         self.device_id = 0
         self._queue: collections.deque[Work] = collections.deque()
-        self._works = 0  # captured so far
-        self._captured: Capture | None = None
+        self._capture: Capture | None = None
         Stream.living[self.ptr] = self
 
     # --- CuPy's names ---
@@ -133,55 +166,42 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         token = event._token
-        if token is not None and token.capture is not None:
-            self._follow(token)
-        elif self._captured is not None:
-            raise CUDARuntimeError("cudaErrorStreamCaptureIsolation: the event is not of the capture")
-        self.submit(lambda: _force(token))
-
-    def _follow(self, token: Token) -> None:
-        """Wait for a point in a capture: a stream that was not in it is from now on."""
-        capture = token.capture
-        if capture.origin._captured is not capture:
-            raise CUDARuntimeError("cudaErrorCapturedEvent: the event is of a capture that has ended")
-        if self._captured is None:
-            self.drain()
-            self._captured = capture
-            capture.streams.add(self)
-        elif token.last == token.stream._works:
-            capture.loose.discard(token.stream)
+        theirs = None if token is None else token.capture
+        if theirs is not None and self._capture is None and theirs.open:
+            self._capture = theirs
+        elif theirs is not self._capture:
+            raise CUDARuntimeError("cudaErrorStreamCaptureIsolation: the event is not of this capture")
+        self.submit(Wait(token))
 
     def begin_capture(self, mode: Any = None) -> None:
         if self.ptr == 0:
             raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: the legacy stream cannot be captured")
-        if self._captured is not None:
+        if self._capture is not None:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is capturing already")
         self.drain()
-        self._captured = Capture(self)
+        self._capture = Capture(self)
 
     def end_capture(self) -> Graph:
-        if self._captured is None:
+        capture = self._capture
+        if capture is None or capture.origin is not self:
             raise CUDARuntimeError("cudaErrorIllegalState: the stream is not capturing")
-        capture = self._captured
-        for stream in capture.streams:
-            stream._captured = None
-        if capture.loose:
-            raise CUDARuntimeError("cudaErrorStreamCaptureUnjoined: a stream that was led into it was not joined")
-        return Graph(capture.works)
+        for stream in {self, *(stream for stream, _ in capture.works)}:
+            stream._capture = None
+        capture.open = False
+        if capture.unjoined():
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnjoined: a stream was not joined before the capture ended")
+        return Graph(capture)
 
     def is_capturing(self) -> bool:
-        return self._captured is not None
+        return self._capture is not None
 
     # --- the emulation ---
 
     def submit(self, work: Work) -> None:
         """Do ``work`` in this stream: now, when the stream is waited for, or in a graph."""
         Order.check()
-        if self._captured is not None:
-            self._captured.works.append(work)
-            self._works += 1
-            if self is not self._captured.origin:
-                self._captured.loose.add(self)
+        if self._capture is not None:
+            self._capture.works.append((self, work))
         elif Order.lagging in ("all", "side" if self.ptr else "null"):
             self._queue.append(work)
         else:
@@ -193,7 +213,7 @@ class Stream:
             self._queue.popleft()()
 
     def refuse_capture(self, what: str) -> None:
-        if self._captured is not None:
+        if self._capture is not None:
             raise CUDARuntimeError(f"cudaErrorStreamCaptureUnsupported: cannot {what} while the stream captures")
 
 
