@@ -68,7 +68,9 @@ def train(config: Path | None, resume: Path | None, **given: Any) -> None:
     from .streamed import make
 
     options = merged(config, given) if resume is None else resumed(resume, config, given)
-    if options.parallel != "off" and ranks.started() > 1 and not ranks.has_mpi4py():
+    if options.parallel == "off":
+        ranks.leave()
+    elif ranks.started() > 1 and not ranks.has_mpi4py():
         raise ValueError(
             f"parallel: {ranks.started()} processes were started; train on all of them with {ranks.LAUNCH} -m gpu_mlp "
             "train …, or say --parallel off"
@@ -444,6 +446,8 @@ def run(arguments: list[str]) -> int:
     click_error: Any
     usage_error, click_error = typer.BadParameter.__mro__[1:3]  # typer brings its own click and does not name them
     try:
+        if ranks.has_mpi4py() and ranks.join(None).size > 1 and arguments[:1] != ["train"]:
+            raise ValueError("only train works on several ranks; start this command without mpiexec")
         # Not through the command's own main, which would end the process over a closed pipe.
         with typer.main.get_command(app).make_context("gpu-mlp", arguments or ["--help"]) as context:
             context.command.invoke(context)

@@ -222,6 +222,7 @@ def _cores() -> set[int]:
 
 ALONE = Ranks()
 _joined: MPIRanks | None = None
+_left = False
 
 
 def join(wanted: bool | None) -> Ranks:
@@ -256,8 +257,14 @@ def join(wanted: bool | None) -> Ranks:
 
 
 def joined() -> Ranks:
-    """The ranks that this process has joined; `ALONE` where it has not."""
-    return ALONE if _joined is None else _joined
+    """The ranks that this process has joined; `ALONE` where it has not, or has left them."""
+    return ALONE if _joined is None or _left else _joined
+
+
+def leave() -> None:
+    """Go on alone, and tell what there is to tell, in a process that had joined."""
+    global _left
+    _left = True
 
 
 def has_mpi4py() -> bool:
