@@ -24,6 +24,7 @@ from .fullbatch import minimise
 from .history import EarlyStopping, History
 from .ops.interface import Array, DeviceError, Slot
 from .optimizers import LBFGS
+from .parallel.ranks import Share
 from .progress import Progress
 from .schedules import Schedule
 from .signals import Interruption, interrupt_between_steps
@@ -60,13 +61,14 @@ class Fit:
             self.x, self.y, self.w = self._check("data", dataset)
         self.validation = self._on_device(self._check_validation(validation))
         self.held_out = validation if isinstance(validation, (int, float)) else None  # as a fraction
+        self.ranks = trainer.ranks
         if self.stream is not None:
-            self.ahead = self.stream.ahead()
+            share = Share(self.ranks, min(checks.integer("batch_size", batch_size, 1), self.stream.n), self.stream.n)
+            self.ahead = self.stream.ahead(share if self.ranks.size > 1 else None)
             self.x, self.y, self.w = self.ahead.like  # of the first chunk: what all rows have in common
         self.n = len(self.x) if self.stream is None else self.stream.n
         self.batch_size = min(checks.integer("batch_size", batch_size, 1), self.n)
         self.shuffle = checks.boolean("shuffle", shuffle)
-        self.ranks = trainer.ranks
         self.callbacks = list(callbacks)
         if not all(callable(callback) for callback in self.callbacks):
             raise TypeError("callbacks: every one must be callable as callback(trainer, row)")

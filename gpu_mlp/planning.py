@@ -55,13 +55,14 @@ def plan_memory(
     stores_gradient: bool = True,
     layer_gradient: bool = False,
     averaged: bool = False,
+    sharers: int = 1,
 ) -> Plan:
     """The memory of a step on ``batch_size`` rows.
 
     sizes: n_0, n_1, …, n_L; names: the activation of every layer, the output's last; fused: whether the loss is
     computed from z of the output layer; accumulate: the number of micro-batches; stores_gradient: False where plain SGD
     applies each layer's gradient at once, layer_gradient: which L1 makes it keep one layer's of; averaged: whether an
-    average of θ is kept. The data set itself is not in it.
+    average of θ is kept; sharers: how many ranks divide the moments among themselves. The data set itself is not in it.
     """
     batch_size, accumulate = checks.integer("batch_size", batch_size, 1), checks.integer("accumulate", accumulate, 1)
     of, rule = precisions.get(precision), rules.get(optimizer)
@@ -73,7 +74,7 @@ def plan_memory(
         "θ": layout.size * master,
         f"θ in {of.storage}": layout.size * storage if of.has_shadow else 0,
         "gradient": (layout.size if stores_gradient else layout.size - layout.n_weights) * master,
-        "moments": len(rule.moments) * layout.size * master,
+        "moments": len(rule.moments) * -(-layout.size // sharers) * master,
         "average of θ": layout.size * master if averaged else 0,
         "minibatch": batch_size * (sizes[0] * storage + sizes[-1] * master + 16),
         "h": rows * sum(sizes[1:]) * storage,

@@ -28,6 +28,7 @@ from .readers import Columns, numpy_files, rawdata, untrusted
 
 CHUNK_BYTES = 1 << 20  # of the rows that are read at once, where the format lets them be as many as one likes
 LEAST_CHUNKS = 64  # a set is cut into at least so many, where its format lets it be, so that a small one shuffles too
+WORTH_SKIPPING = 1 << 16  # bytes between two rows, from which on another read costs less than reading them too
 HEADER_BYTES = 1 << 17  # more than any header of an NPY stream that NumPy reads
 
 
@@ -51,8 +52,8 @@ class Piece(NamedTuple):
         assert self.y is not None
         return self.x, self.y, self.w
 
-    def rows(self, chosen: slice) -> Piece:
-        """Some of the rows, as views."""
+    def rows(self, chosen: slice | NDArray[np.int64]) -> Piece:
+        """Some of the rows: views for a slice, copies for numbers."""
         x = self.x[chosen] if isinstance(self.x, np.ndarray) else {k: column[chosen] for k, column in self.x.items()}
         y, w = (None if part is None else part[chosen] for part in (self.y, self.w))
         return Piece(x, y, w)
@@ -209,6 +210,10 @@ class Shard(abc.ABC):
     def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         """The rows from ``start`` to ``stop``, which lie within one chunk; ``into`` may be used for them."""
 
+    def pick(self, start: int, stop: int, rows: NDArray[np.int64]) -> Piece:
+        """Some of the rows from ``start`` to ``stop``, by their ascending numbers from there."""
+        return self.read(start, stop).rows(rows)
+
     def extents(self, start: int, stop: int) -> Iterator[tuple[File, int, int]]:
         """Which bytes these rows are read from: (file, offset, count); all of them where nothing better is known."""
         for file in self.files:
@@ -247,6 +252,16 @@ class Field:
         self._file.read_at(self._offset + start * self.row_bytes, out)
         return out.astype(self.dtype.newbyteorder("="), copy=False)
 
+    def pick(self, start: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows by their ascending numbers from ``start`` on; gaps that are long enough are not read."""
+        breaks = np.flatnonzero(np.diff(rows) * self.row_bytes > WORTH_SKIPPING) + 1
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype.newbyteorder("="))
+        for at, run in zip([0, *breaks.tolist()], np.split(rows, breaks)):
+            if len(run):
+                first, last = int(run[0]), int(run[-1])
+                out[at : at + len(run)] = self.read(start + first, start + last + 1, None)[run - first]
+        return out
+
     def extent(self, start: int, stop: int) -> tuple[File, int, int]:
         """Which bytes some rows are: (file, offset, count)."""
         return self._file, self._offset + start * self.row_bytes, (stop - start) * self.row_bytes
@@ -269,6 +284,11 @@ class ArrayShard(Shard):
 
     def read(self, start: int, stop: int, into: Room = NOWHERE) -> Piece:
         x, y, w = (None if field is None else field.read(start, stop, out) for field, out in zip(self._fields, into))
+        assert x is not None
+        return array_piece(x, y, w, f"{self.path}, rows {start} to {stop - 1}")
+
+    def pick(self, start: int, stop: int, rows: NDArray[np.int64]) -> Piece:
+        x, y, w = (None if field is None else field.pick(start, rows) for field in self._fields)
         assert x is not None
         return array_piece(x, y, w, f"{self.path}, rows {start} to {stop - 1}")
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from . import checks, folders
 from .data import SPLIT_STREAM
 from .failures import BrokenData
+from .parallel.ranks import Share
 from .readers import PathLike
 from .shards import NOWHERE, File, Piece, Room, Shard, chunks_of
 
@@ -170,14 +171,14 @@ class Stream:
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
         return shard.read(start, stop)
 
-    def piece(self, chunk: int, into: Room = NOWHERE) -> Piece:
-        """The rows of a chunk, prepared; they may be in ``into`` then.
+    def piece(self, chunk: int, into: Room = NOWHERE, rows: NDArray[np.int64] | None = None) -> Piece:
+        """The rows of a chunk, prepared, or some of them by their ascending numbers; they may be in ``into`` then.
 
         BrokenData, naming the file and the rows, for whatever is wrong with them.
         """
         shard, start, stop = self._place(*self.chunks[chunk].tolist())
         with self._named(chunk):
-            return self.preparation(shard.read(start, stop, into))
+            return self.preparation(shard.read(start, stop, into) if rows is None else shard.pick(start, stop, rows))
 
     @contextlib.contextmanager
     def _named(self, chunk: int) -> Iterator[None]:
@@ -257,9 +258,9 @@ class Stream:
                 "in smaller row groups or shards"
             )
 
-    def ahead(self) -> ReadAhead:
-        """What fills buffers in the order of an epoch."""
-        return ReadAhead(self)
+    def ahead(self, share: Share | None = None) -> ReadAhead:
+        """What fills buffers in the order of an epoch; with ``share`` those rows alone are kept, and asked for."""
+        return ReadAhead(self, share)
 
 
 def as_stored(piece: Piece) -> Piece:
@@ -341,19 +342,19 @@ class _Slot:
 
     def __init__(self, like: Sequence[NDArray[Any] | None], rows: int) -> None:
         self.parts = [None if a is None else np.empty((rows, *a.shape[1:]), a.dtype) for a in like]
-        self.permutation: Future[NDArray[np.int64]]
+        self.plan: Future[tuple[NDArray[np.int64], NDArray[np.bool_] | None]]  # see ReadAhead._plan
         self.reading: list[Future[None]] = []
 
 
 class ReadAhead:
     """The buffers of an epoch, which threads fill while the rows of the one before are trained on.
 
-    Every chunk of a buffer is a task of its own, which waits for nothing: whatever order they end in, the same bytes
-    stand in the same place. A failure comes out of `take`.
+    Every chunk of a buffer is a task of its own, which waits for nothing but the buffer's plan, a task that was begun
+    before: whatever order they end in, the same bytes stand in the same place. A failure comes out of `take`.
     """
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, share: Share | None = None) -> None:
+        self._stream, self._share = stream, share
         self.like = stream.piece(0).arrays()  # the dtypes and widths of all pieces
         capacity = min(stream.n, max(stream.buffer_rows, stream.largest_chunk))
         row = sum(a[:1].nbytes for a in self.like if a is not None)
@@ -361,6 +362,8 @@ class ReadAhead:
         room = stream.memory - threads * stream.piece_bytes
         needed = 1 if capacity == stream.n else 2
         wanted = min(MOST_BUFFERS, 1 - (-stream.n // capacity)) if needed > 1 else 1
+        if share is not None:
+            capacity = share.most(capacity)
         stream._require(
             threads * stream.piece_bytes + needed * capacity * row,
             f"{needed} buffers of {capacity} rows and what fills them",
@@ -396,7 +399,7 @@ class ReadAhead:
             buffer = order.buffer_at(cursor + done)
             slot = self._ready(buffer)
             at = cursor + done - order.first[buffer]
-            chosen = slot.permutation.result()[at : at + rows - done]
+            chosen = slot.plan.result()[0][at : at + rows - done]
             for part, out in zip(slot.parts, outs):
                 if part is not None and out is not None:
                     np.take(part, chosen, axis=0, out=out[done : done + len(chosen)], mode="clip")
@@ -429,12 +432,21 @@ class ReadAhead:
         order, slot, at = self._order, self._slots[buffer % len(self._slots)], 0
         chunks = order.chunks(buffer)
         self._herald.submit(self._announce, chunks)
-        slot.permutation = self._pool.submit(order.permutation, buffer)
+        slot.plan = self._pool.submit(self._plan, order, buffer)
         slot.reading = []
         for chunk in chunks:
             start, stop = self._stream.chunks[chunk].tolist()
             slot.reading.append(self._pool.submit(self._read, chunk, slot, at))
             at += stop - start
+
+    def _plan(self, order: Order, buffer: int) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None]:
+        """Where in the slot each row that leaves a buffer lies; which of the rows that come are kept, if not all."""
+        turn = order.permutation(buffer)
+        if self._share is None:
+            return turn, None
+        kept = np.zeros(len(turn), bool)
+        kept[turn[self._share.mask(order.first[buffer], order.first[buffer + 1])]] = True
+        return (np.cumsum(kept) - 1)[turn], kept
 
     def _announce(self, chunks: list[int]) -> None:
         """Let the system read ahead on the disk; that a file is gone is told where its rows are read."""
@@ -443,8 +455,14 @@ class ReadAhead:
 
     def _read(self, chunk: int, slot: _Slot, at: int) -> None:
         start, stop = self._stream.chunks[chunk].tolist()
-        room = [None if part is None else part[at : at + stop - start] for part in slot.parts]
-        for part, out in zip(self._stream.piece(chunk, room).arrays(), room):
+        kept, rows, count = slot.plan.result()[1], None, stop - start
+        if kept is not None:
+            rows = np.flatnonzero(kept[at : at + stop - start])
+            at, count = int(np.count_nonzero(kept[:at])), len(rows)
+            if not count:
+                return
+        room = [None if part is None else part[at : at + count] for part in slot.parts]
+        for part, out in zip(self._stream.piece(chunk, room, rows).arrays(), room):
             if part is not None and out is not None and part.ctypes.data != out.ctypes.data:
                 if part.shape != out.shape:
                     raise BrokenData(f"{self._stream.source}: {part.shape} values where {out.shape} were expected")

@@ -537,7 +537,7 @@ class Trainer:
         if self.accumulate != given:
             say_once(
                 f"a step of {rows} rows does not fit the device's memory; it is cut into {self.accumulate} "
-                f"micro-batches, which give the same update ({self.plan(rows).summary()})"
+                f"micro-batches, which give the same update ({self._plan(rows).summary()})"
             )
         if count > 1 and self.apply_at_once:
             self._store_gradient()
@@ -565,7 +565,7 @@ class Trainer:
 
     def _cut_smaller(self, rows: int) -> None:
         """Twice as many micro-batches; MemoryError where that is not possible."""
-        plan = self.plan(rows)
+        plan = self._plan(rows)
         if self._cut(rows)[1] == 1 or (self.apply_at_once and not self._may_store):
             raise MemoryError(f"a step of {rows} rows does not fit the device's memory: {plan.summary()}") from None
         if self.apply_at_once:
@@ -594,18 +594,24 @@ class Trainer:
         self._lanes_for.clear()
 
     def plan(self, batch_size: int) -> Plan:
-        """What a step on ``batch_size`` rows needs of the device's memory, the data set apart."""
+        """What a step on ``batch_size`` rows needs of the device's memory, the data set apart; of each rank's device."""
+        return self._plan(self.ranks.most(checks.integer("batch_size", batch_size, 1)))
+
+    def _plan(self, rows: int) -> Plan:
+        """The plan of this rank's ``rows`` rows."""
+        sharded = self._reduction is not None and self._reduction.sharded
         return plan_memory(
             self.net.sizes,
             [f.name for f in self.net._f],
             self.net.precision,
             self.optimizer,
-            batch_size,
+            max(1, rows),
             fused=self.net.fuses(self.loss),
             accumulate=self.accumulate,
             stores_gradient=not self.apply_at_once,
             layer_gradient=self.regularizer is not None and self.regularizer.l1 > 0,
             averaged=self.average is not None,
+            sharers=self.ranks.size if sharded else 1,
         )
 
     def _forget_other_recipes(self) -> None:

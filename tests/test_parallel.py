@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_mlp import MLP, Checkpoints, Parallel, Trainer, metrics
+from gpu_mlp import MLP, Checkpoints, Parallel, Stream, Trainer, metrics, shards
 from gpu_mlp.checkpoint import listed
 from gpu_mlp.ops.exchange import Bucket
 from gpu_mlp.ops.interface import Layout
@@ -211,6 +211,47 @@ def test_the_parts_of_a_batch_lie_end_to_end(size):
         assert max(lengths) - min(lengths) <= ranks.ROW_MULTIPLE
         assert max(lengths) <= Rank(0, size).most(rows)
         assert max(lengths) <= Rank(0, size).most(max(rows, 4096)), "the buffers are those of the largest batch"
+
+
+@pytest.mark.parametrize("columns", [3, 9000])
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_every_rank_reads_its_own_rows_of_a_stream(tmp_path, monkeypatch, ending, columns):
+    """Together the ranks have every row once, in its place; of rows that are long they read no others."""
+    n, batch, size = 101, 24, 3
+    x = np.arange(n, dtype=np.float32)[:, None] + np.zeros(columns, np.float32)
+    y = np.arange(n, dtype=np.float64)
+    if ending == "npy":
+        np.save(tmp_path / "x.npy", x)
+        np.save(tmp_path / "y.npy", y)
+    else:
+        np.savez_compressed(tmp_path / "a.npz", x=x, y=y)
+    stream = Stream(tmp_path, memory="64MiB", buffer_rows=40, chunk_rows=10)
+    read, honest = [], shards.Field.read
+
+    def watched(self, start, stop, into):
+        if self.row_bytes == 4 * columns:
+            read.append(stop - start)
+        return honest(self, start, stop, into)
+
+    monkeypatch.setattr(shards.Field, "read", watched)
+    expected = stream.order(7, 2).rows()
+    counts = []
+    for rank in range(size):
+        us = Rank(rank, size)
+        ahead = stream.ahead(ranks.Share(us, batch, n))
+        read.clear()
+        ahead.begin(stream.order(7, 2))
+        for cursor in range(0, n, batch):
+            own = us.part(min(batch, n - cursor))
+            outs = [np.empty((own.stop - own.start, columns), np.float32), np.empty(own.stop - own.start)]
+            ahead.take(cursor + own.start, [*outs, None])
+            wanted = expected[cursor + own.start : cursor + own.stop]
+            np.testing.assert_array_equal(outs[0], x[wanted])
+            np.testing.assert_array_equal(outs[1], y[wanted])
+        ahead.close()
+        counts.append(sum(read))
+    if ending == "npy" and columns == 9000:
+        assert sum(counts) < 1.6 * n, "rows between those that a rank needs are 36 KB each, and pairs are read together"
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -121,6 +121,27 @@ def _kind(error: BaseException | None) -> str:
     return "" if error is None else type(error).__name__
 
 
+class Share:
+    """Which rows of an epoch of ``n`` are a rank's, in minibatches of ``batch``."""
+
+    def __init__(self, ranks: Ranks, batch: int, n: int) -> None:
+        self._ranks, self._batch, self._n = ranks, batch, n
+
+    def mask(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Whether each of the rows start … stop, counted in the epoch's order, is one of them."""
+        row = np.arange(start, stop)
+        at, last = row % self._batch, self._n // self._batch * self._batch
+        own, rest = self._ranks.part(self._batch), self._ranks.part(self._n - last)
+        in_last = row >= last
+        first, end = np.where(in_last, rest.start, own.start), np.where(in_last, rest.stop, own.stop)
+        found: NDArray[np.bool_] = (at >= first) & (at < end)
+        return found
+
+    def most(self, rows: int) -> int:
+        """At most so many of ``rows`` rows in a row are among them."""
+        return min(rows, (rows // self._batch + 2) * self._ranks.most(self._batch))
+
+
 class MPIRanks(Ranks):
     """The ranks of MPI's world, through mpi4py."""
 
