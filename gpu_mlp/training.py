@@ -594,7 +594,7 @@ class Trainer:
         self._lanes_for.clear()
 
     def plan(self, batch_size: int) -> Plan:
-        """What a step on ``batch_size`` rows needs of the device's memory, the data set apart; of each rank's device."""
+        """What a step on ``batch_size`` rows needs of each rank's device's memory, the data set apart."""
         return self._plan(self.ranks.most(checks.integer("batch_size", batch_size, 1)))
 
     def _plan(self, rows: int) -> Plan:
