@@ -710,7 +710,19 @@ MODULES = {
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
 USERS = tuple(
     f"gpu_mlp.ops.{name}"
-    for name in ("cuda", "cuda_ops", "device", "gemm", "graphs", "launch", "lt", "search", "staging")
+    for name in (
+        "cuda",
+        "cuda_ops",
+        "device",
+        "epilogues",
+        "gemm",
+        "graphs",
+        "launch",
+        "lt",
+        "search",
+        "staging",
+        "ways",
+    )
 )
 
 
