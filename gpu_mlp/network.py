@@ -172,19 +172,12 @@ class MLP:
         for l in range(last, 0, -1):
             below = work.gz(l - 1)
             saved = {"h": h[l], "z": z[l - 1], "none": None}[f[l - 1].reads]
-            self._ops.input_gradient(
-                gz,
-                self._W[l],
-                f[l - 1],
-                saved,
-                dropout[l - 1],
-                below,
-                gb[l - 1],
-                accumulate,
-                state,
-                work.auxiliary[l - 1],
-            )
-            sink(l, gz, h[l], accumulate)
+            with self._ops.independent():  # neither gradient reads what the other writes
+                self._ops.input_gradient(
+                    gz, self._W[l], f[l - 1], saved, dropout[l - 1], below, gb[l - 1], accumulate, state,
+                    work.auxiliary[l - 1],
+                )  # fmt: skip
+                sink(l, gz, h[l], accumulate)
             gz = below
         if gx is not None:
             self._ops.input_gradient(gz, self._W[0], activations.IDENTITY, None, None, gx, None, False, state)

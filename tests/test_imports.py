@@ -36,7 +36,7 @@ ROWS = [
     {"data", "shards", "ops.launch", "ops.search"},
     {"ops.lt"},
     {"tables", "ops.gemm", "ops.staging", "ops.epilogues"},
-    {"folders", "ops.graphs", "ops.ways"},
+    {"folders", "ops.graphs", "ops.ways", "ops.beside"},
     {"streams"},
     {"ops.numpy_ops", "ops.cuda_ops", "ops.device", "ops.numba_kernels"},
     {"ops.numba_ops"},
@@ -58,8 +58,8 @@ LEANS = {  # of the leaves: what each may import of the package
     "checkpoint": {"checks", "history", "tensorfile"},
     "logs": {"checks", "tensorfile"},
 }
-CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.epilogues", "ops.gemm", "ops.graphs",
-        "ops.launch", "ops.lt", "ops.search", "ops.staging", "ops.ways"}  # fmt: skip
+CUPY = {"bench.device", "ops.beside", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.epilogues", "ops.gemm",
+        "ops.graphs", "ops.launch", "ops.lt", "ops.search", "ops.staging", "ops.ways"}  # fmt: skip
 CLI = {"cli", "__main__"}
 
 

@@ -11,7 +11,7 @@ import abc
 import enum
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,12 @@ class Layout:
             placed.append((slice(offset, offset + length), shape))
             offset += -(-length // self._unit) * self._unit
         return placed, offset
+
+    @property
+    def spans(self) -> list[slice]:
+        """Where W of every layer lies, up to the next one's start."""
+        starts = [segment.start for segment, _ in self._weights]
+        return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], self.n_weights])]
 
     def weights(self, flat: Array) -> list[Array]:
         """W of every layer, (n_l, n_{l-1}) each, as views of an array of θ's size."""
@@ -303,6 +309,13 @@ class Operations(abc.ABC):
 
     # --- backward ---
 
+    def independent(self) -> AbstractContextManager[None]:
+        """A context for one `input_gradient` and then one `weight_gradient` of the same gz: they may run side by side.
+
+        What is queued after either of them sees its results, as ever.
+        """
+        return nullcontext()
+
     @abc.abstractmethod
     def input_gradient(
         self,
@@ -379,6 +392,18 @@ class Operations(abc.ABC):
         LEARNING_RATE, STEP, LOSS_SCALE, COST and GRADIENT_NORM. A COST or GRADIENT_NORM that is not finite, or a
         BAD_ROUND, leaves everything as it is, so that the last good θ is kept until the host looks.
         """
+
+    def hides_update(self, rows: int, size: int) -> bool:
+        """Whether the update of ``size`` parameters is better done `aside`, under the gradients of lower layers."""
+        return False
+
+    def aside(self) -> AbstractContextManager[None]:
+        """A context for work that may run beside all that follows, up to `join`; it sees all that came before."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """What is queued from now on sees what was done `aside`."""
+        return
 
     @abc.abstractmethod
     def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:

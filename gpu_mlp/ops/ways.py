@@ -48,39 +48,32 @@ class Ways:
         key: what the choice depends on; results: what every way writes; again: whether doing it again changes nothing,
         so that it can be timed here; sound: what else is asked of a way.
         """
-        way = PLAIN
-        if search.tuned():
-            way = self._chosen.get(key) or self._look(key, plain, offers, results, again, sound)
+        way = self.pick(key, (PLAIN, *offers), lambda: self._search(plain, offers, results, sound), again)
         work = None if way == PLAIN else offers[way]()
         if work is None:
             way, work = PLAIN, plain
         work()
         return way
 
-    def _look(
-        self,
-        key: tuple[Any, ...],
-        plain: Work,
-        offers: Mapping[str, Offer],
-        results: Sequence[Any],
-        again: bool,
-        sound: Callable[[str], bool],
-    ) -> str:
-        """The way that is kept, or the one that a search finds; for now the plain one where neither is possible."""
+    def pick(self, key: tuple[Any, ...], ways: Sequence[str], find: Callable[[], str | None], again: bool) -> str:
+        """Which of the ways to go: the one that is kept, or that ``find`` finds; the first where that cannot be told.
+
+        ``find`` is called where a search is allowed, and ``again`` says that what it tries does no harm.
+        """
+        if not search.tuned():
+            return ways[0]
         library = gemm.binding().lt
-        if library is None or library.choices.path is None:
-            return PLAIN
+        if key in self._chosen or library is None or library.choices.path is None:
+            return self._chosen.get(key, ways[0])
         name = " ".join(map(str, (*key, self._precision)))
         kept = library.choices.get(name)
-        if kept not in (PLAIN, *offers):
-            if not (again and search.allowed()):
-                return PLAIN
-            found = self._search(plain, offers, results, sound)
+        if kept not in ways:
+            found = find() if again and search.allowed() else None
             kept = None if found is None else library.choices.keep(name, found)
-        if kept in (PLAIN, *offers):
-            self._chosen[key] = kept
-            return str(kept)
-        return PLAIN
+        if kept not in ways:
+            return ways[0]
+        self._chosen[key] = str(kept)
+        return self._chosen[key]
 
     def _search(
         self, plain: Work, offers: Mapping[str, Offer], results: Sequence[Any], sound: Callable[[str], bool]

@@ -708,22 +708,8 @@ MODULES = {
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-USERS = tuple(
-    f"gpu_mlp.ops.{name}"
-    for name in (
-        "cuda",
-        "cuda_ops",
-        "device",
-        "epilogues",
-        "gemm",
-        "graphs",
-        "launch",
-        "lt",
-        "search",
-        "staging",
-        "ways",
-    )
-)
+_GPU_ROOMS = ("beside", "cuda", "cuda_ops", "device", "epilogues", "gemm", "graphs", "launch", "lt", "search")
+USERS = tuple(f"gpu_mlp.ops.{name}" for name in (*_GPU_ROOMS, "staging", "ways"))
 
 
 @contextlib.contextmanager
