@@ -7,12 +7,14 @@ with named columns, `streams` what is made of the shards.
 from __future__ import annotations
 
 import abc
+import errno
 import io
 import itertools
 import math
 import os
 import stat
 import struct
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,10 +60,18 @@ class Piece(NamedTuple):
 
 Room = Sequence["NDArray[Any] | None"]  # for x, y and the weights
 NOWHERE: Room = (None, None, None)
+PAGE = 4096  # bytes; where reads past the page cache begin and end: no disk's blocks are larger
+WORTH_A_DETOUR = 16 * PAGE  # bytes; a read of fewer goes through the page cache, whose pages then serve the next one
 
 
 class File:
-    """A regular file, which has to be the same whenever it is looked into again."""
+    """A regular file, which has to be the same whenever it is looked into again.
+
+    ``bypass``: read long runs past the page cache. That spares a processor the upkeep of pages that are gone before
+    they are read again, as those of a file that memory cannot hold are.
+    """
+
+    bypass = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,11 +82,15 @@ class File:
         self._identity = _identity(found)
 
     @contextmanager
-    def open(self) -> Iterator[io.FileIO]:
-        """The file, unless it has been changed or exchanged since it was first seen."""
+    def open(self, flags: int = 0) -> Iterator[io.FileIO]:
+        """The file, unless it has been changed or exchanged since it was first seen; with more flags of `os.open`."""
         try:
-            stream = open(self.path, "rb", buffering=0)  # noqa: SIM115  (closed below)
+            stream = open(  # noqa: SIM115  (closed below)
+                self.path, "rb", buffering=0, opener=lambda path, usual: os.open(path, usual | flags)
+            )
         except OSError as error:
+            if flags and error.errno == errno.EINVAL:  # this file system does not know them
+                raise
             raise ValueError(f"{self.path}: cannot be read any more ({error.strerror}); put it back") from None
         with stream:
             if _identity(os.fstat(stream.fileno())) != self._identity:
@@ -86,17 +100,41 @@ class File:
     def read_at(self, offset: int, out: NDArray[Any]) -> None:
         """Fill a contiguous array with the bytes from ``offset`` on."""
         view = memoryview(out.reshape(-1).view(np.uint8).data)
+        if self.bypass and len(view) >= WORTH_A_DETOUR:
+            try:
+                self._read_past_cache(offset, view)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.bypass = False  # this file system or disk does not do that
         with self.open() as stream:
             stream.seek(offset)
             while view:
                 count = stream.readinto(view)
                 if not count:
-                    raise ValueError(f"{self.path}: cut short while it was in use; start again with the files at rest")
+                    raise self._cut_short()
                 view = view[count:]
+
+    def _read_past_cache(self, offset: int, view: memoryview) -> None:
+        """`read_at` in whole pages of the file, by way of a buffer that begins at one of memory."""
+        first, last = offset // PAGE * PAGE, -(-(offset + len(view)) // PAGE) * PAGE
+        pages, done, wanted = _pages(last - first), 0, offset - first + len(view)
+        with self.open(os.O_DIRECT) as stream:
+            stream.seek(first)
+            while done < wanted:
+                count = stream.readinto(pages[done:].data)
+                if not count or (done + count < wanted and count % PAGE):
+                    raise self._cut_short()
+                done += count
+        np.copyto(np.frombuffer(view, np.uint8), pages[offset - first : wanted])
+
+    def _cut_short(self) -> ValueError:
+        return ValueError(f"{self.path}: cut short while it was in use; start again with the files at rest")
 
     def will_need(self, extents: Iterable[tuple[int, int]]) -> None:
         """Let the system begin to read these bytes, (offset, count) each, where it takes such advice."""
-        if not hasattr(os, "posix_fadvise"):
+        if self.bypass or not hasattr(os, "posix_fadvise"):
             return
         with self.open() as stream:
             for offset, count in extents:
@@ -122,6 +160,23 @@ def _at_hand(descriptor: int, offset: int) -> bool:
     return True
 
 
+class _Buffer(threading.local):
+    """A thread's own buffer of whole pages."""
+
+    pages = np.empty(0, np.uint8)
+
+
+_buffer = _Buffer()
+
+
+def _pages(count: int) -> NDArray[np.uint8]:
+    """``count`` bytes of this thread's that begin at a page of memory; the next call gives the same ones."""
+    if len(_buffer.pages) < count:
+        raw = np.empty(count + PAGE, np.uint8)
+        _buffer.pages = raw[-raw.ctypes.data % PAGE :][:count]
+    return _buffer.pages[:count]
+
+
 def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -130,6 +185,7 @@ class Shard(abc.ABC):
     """A part of a set: ``rows`` of it, in ``files``; ``schema`` is what all parts of a set have to agree on.
 
     ``row_bytes``: what a row takes in memory, about. ``overhead``: how many times that is taken while it is read.
+    ``as_it_lies``: whether rows are read with `File.read_at`, as the runs of bytes that they are.
     """
 
     files: list[File]
@@ -137,6 +193,7 @@ class Shard(abc.ABC):
     schema: dict[str, Any]
     row_bytes: float
     overhead = 1.0
+    as_it_lies = False
     feature_names: list[str] | None = None
 
     @property
@@ -197,6 +254,8 @@ class Field:
 
 class ArrayShard(Shard):
     """Arrays that lie on the disk as they are: three NPY files, or the members of an NPZ that is not compressed."""
+
+    as_it_lies = True
 
     def __init__(self, files: Sequence[File], x: Field, y: Field | None, w: Field | None) -> None:
         self.files = list(files)

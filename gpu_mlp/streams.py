@@ -29,6 +29,7 @@ from .shards import NOWHERE, File, Piece, Room, Shard, chunks_of
 BUFFER_BYTES = 64 << 20  # of the rows that are shuffled among each other, where ``buffer_rows`` is not given
 CHUNKS_STREAM, BUFFER_STREAM = 3, 4  # beside the random streams of `data`
 MOST_BUFFERS, MOST_THREADS = 4, 4
+KEPT_IN_MEMORY = 0.5  # of the machine's; a set that takes more is gone from it before an epoch comes back to its start
 Preparation = Callable[[Piece], Piece]
 
 
@@ -68,6 +69,7 @@ class Stream:
         self._first = np.cumsum([0, *(shard.rows for shard in self.shards)])
         self.preparation: Preparation = as_matrix
         self._settle(chunks_of(self.shards, chunk_rows))
+        self._bypass_cache()
         self.row_bytes = max(shard.row_bytes for shard in self.shards)
         per_row = max(self.row_bytes, 4 * self.width)
         self.buffer_rows = max(1, int(BUFFER_BYTES // per_row)) if buffer_rows is None else int(buffer_rows)
@@ -216,9 +218,20 @@ class Stream:
         overhead = max(shard.overhead for shard in self.shards) + 1
         return int(overhead * self.largest_chunk * max(self.row_bytes, 4 * self.width))
 
+    def _bypass_cache(self) -> None:
+        """Read past the page cache where the files take more than the system can keep there until the next epoch."""
+        if not (hasattr(os, "O_DIRECT") and hasattr(os, "sysconf")):
+            return
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if sum(file.size for shard in self.shards for file in shard.files) > KEPT_IN_MEMORY * memory:
+            for shard in self.shards:
+                for file in shard.files:
+                    file.bypass = shard.as_it_lies
+
     def threads(self) -> int:
         """How many chunks can be read at once in a quarter of the memory."""
-        most = min(MOST_THREADS, os.cpu_count() or 1)
+        waiting = any(file.bypass for shard in self.shards for file in shard.files)  # for the disk, nearly all the time
+        most = MOST_THREADS if waiting else min(MOST_THREADS, os.cpu_count() or 1)
         return max(1, min(most, self.memory // 4 // max(1, self.piece_bytes)))
 
     def pieces(self) -> Iterator[Piece]:

@@ -5,6 +5,7 @@ The order is checked for many sizes; what is trained on is compared with the sam
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_mlp import LBFGS, MLP, SGD, BrokenData, CrossEntropy, EarlyStopping, Stream, Trainer, fitting
+from gpu_mlp import LBFGS, MLP, SGD, BrokenData, CrossEntropy, EarlyStopping, Stream, Trainer, fitting, streams
+from gpu_mlp import shards as shard_files
 from gpu_mlp.feeding import FromDisk
-from gpu_mlp.shards import Piece
+from gpu_mlp.shards import PAGE, WORTH_A_DETOUR, File, Piece
 from gpu_mlp.streams import MOST_BUFFERS, Order, ReadAhead
 
 QUICK = settings(max_examples=100, deadline=None, database=None)
@@ -675,6 +677,67 @@ def test_a_broken_manifest_is_refused(tmp_path, arrays, text):
     folder, _ = write("npz", tmp_path / "set", arrays)
     (folder / "manifest.json").write_text(text)
     refuse("manifest.json", folder, target=None)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A file of numbers of which long runs are read past the page cache, and the numbers."""
+    numbers = np.random.default_rng(3).integers(0, 256, 5 * WORTH_A_DETOUR + 77, dtype=np.uint8)
+    numbers.tofile(tmp_path / "numbers")
+    file = File(tmp_path / "numbers")
+    file.bypass = True
+    return file, numbers
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system always reads through its page cache")
+@pytest.mark.parametrize("count", [1, WORTH_A_DETOUR - 1, WORTH_A_DETOUR, 3 * WORTH_A_DETOUR + 5])
+@pytest.mark.parametrize("offset", [0, 1, PAGE - 1, PAGE, 2 * WORTH_A_DETOUR + 72])
+def test_reads_past_the_page_cache_are_reads(large, offset, count, monkeypatch):
+    file, numbers = large
+    flags, usual = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, mode, *more: flags.append(mode) or usual(path, mode, *more))
+    out = np.zeros(count, np.uint8)
+    file.read_at(offset, out)
+    assert np.array_equal(out, numbers[offset : offset + count])
+    assert bool(flags[0] & os.O_DIRECT) == (count >= WORTH_A_DETOUR)
+    assert len(flags) == 1 or not file.bypass  # it fell back only where the file system of the test cannot do it
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system always reads through its page cache")
+def test_a_file_system_that_has_only_the_page_cache_is_read_through_it(large, monkeypatch):
+    file, numbers = large
+    usual = os.open
+
+    def refusing(path, flags, *more):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return usual(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    out = np.zeros(2 * WORTH_A_DETOUR, np.uint8)
+    file.read_at(9, out)
+    assert np.array_equal(out, numbers[9 : 9 + len(out)])
+    assert not file.bypass
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system always reads through its page cache")
+def test_a_file_that_ends_too_early_is_told_past_the_page_cache_too(large):
+    file, numbers = large
+    with pytest.raises(ValueError, match="cut short while it was in use"):
+        file.read_at(len(numbers) - WORTH_A_DETOUR, np.zeros(WORTH_A_DETOUR + 1, np.uint8))
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system always reads through its page cache")
+@pytest.mark.parametrize("kind", ["npy", "csv", "parquet"])
+def test_a_set_that_memory_cannot_hold_gives_the_same_batches(tmp_path, arrays, kind, monkeypatch):
+    source, names = write(kind, tmp_path / "set", arrays)
+    usual = read(Stream(source, **names))
+    monkeypatch.setattr(streams, "KEPT_IN_MEMORY", 0.0)
+    monkeypatch.setattr(shard_files, "WORTH_A_DETOUR", 1)
+    stream = Stream(source, **names)
+    assert all(file.bypass == (kind != "parquet") for shard in stream.shards for file in shard.files)
+    for part, expected in zip(read(stream), usual):
+        assert np.array_equal(part, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
