@@ -12,6 +12,16 @@ from contextlib import contextmanager
 import cupy
 
 from . import gemm
+from .launch import device_error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Within it an error of CUDA's becomes a DeviceError."""
+    try:
+        yield
+    except Exception as error:
+        raise device_error(error, "the order of two streams", ()) from error
 
 
 class Beside:
@@ -24,19 +34,23 @@ class Beside:
 
     def mark(self) -> None:
         """What is queued beside waits for what has been queued so far."""
-        self._begun.record()
+        with _told():
+            self._begun.record()
 
     @contextmanager
     def queue(self) -> Iterator[None]:
         """Within it work goes to the stream beside."""
-        self._stream.wait_event(self._begun)
+        with _told():
+            self._stream.wait_event(self._begun)
         with self._stream, gemm.binding().aside():
             yield
-            self._ended.record(self._stream)
+            with _told():
+                self._ended.record(self._stream)
         self._busy = True
 
     def join(self) -> None:
         """What is queued from now on waits for what was queued beside."""
         if self._busy:
-            cupy.cuda.get_current_stream().wait_event(self._ended)
+            with _told():
+                cupy.cuda.get_current_stream().wait_event(self._ended)
             self._busy = False

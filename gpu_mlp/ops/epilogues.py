@@ -2,7 +2,10 @@
 
 Three activations have one: identity (a bias alone), relu, and gelu in the tanh form. relu's gradient reads a mask of a
 bit an entry, which the forward epilogue writes; gelu's reads z, which is kept anyway. A sum over the batch comes out
-in the type of the result, so that float32 results alone may sum gb there; for 16-bit ones our kernel sums in float32.
+in the type of the result, so that float32 results alone may sum gb there; for 16-bit ones our kernel sums in float32,
+with one more read of gz. A weight gradient's epilogue (BGRADB) could do that in float32 too. It is not used: behind a
+kernel that applies f′ the sums are free, and behind an epilogue gb would have to wait for a product that plain SGD,
+which applies gW at once, does not have.
 
 Leans on `lt` for the epilogues' numbers.
 """
