@@ -24,7 +24,7 @@ HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pa
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
-    "ops.philox", "ops.choices",
+    "ops.philox", "ops.choices", "ops.crew_kernels",
 }  # fmt: skip
 ROWS = [
     LEAVES,
@@ -39,7 +39,7 @@ ROWS = [
     {"tables", "ops.gemm", "ops.staging", "ops.epilogues"},
     {"folders", "ops.graphs", "ops.ways", "ops.beside"},
     {"streams"},
-    {"ops.numpy_ops", "ops.cuda_ops", "ops.device", "ops.numba_kernels"},
+    {"ops.numpy_ops", "ops.cuda_ops", "ops.device", "ops.numba_kernels", "ops.crew"},
     {"ops.numba_ops"},
     {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},

@@ -137,7 +137,7 @@ SIZES, BATCH = [60, 200, 150, 10], 700
 @pytest.fixture
 def _two_threads():
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        if numpy_ops._blas_threads() != 2:
+        if numpy_ops.blas_threads() != 2:
             pytest.skip("this BLAS has no two threads, or none that can be told to")
         yield
 
@@ -160,6 +160,7 @@ def trained(lanes, monkeypatch, dtype="float64", kind=NumbaOperations, steps=4, 
 
 @pytest.mark.usefixtures("_two_threads")
 def test_a_step_is_dealt_out_to_lanes(monkeypatch):
+    monkeypatch.setenv("GPU_MLP_NUMBA", "0")
     trainer, _ = trained(None, monkeypatch, dtype="float32")
     lanes = trainer._lanes(BATCH)
     assert len(lanes) == 2
@@ -194,11 +195,11 @@ def check_lanes(cut, options, monkeypatch):
 
 
 @pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize("numba", ["1", "0"])
-def test_lanes_give_the_same_bits_every_time(numba, monkeypatch):
+@pytest.mark.parametrize(("numba", "lanes"), [("1", None), ("1", lambda rows: (2, 350)), ("0", None)])
+def test_threads_give_the_same_bits_every_time(numba, lanes, monkeypatch):
     monkeypatch.setenv("GPU_MLP_NUMBA", numba)
     results = {
-        trained(None, monkeypatch, dtype="float32", activation="gelu", dropout=0.2)[0].net.theta.tobytes()
+        trained(lanes, monkeypatch, dtype="float32", activation="gelu", dropout=0.2)[0].net.theta.tobytes()
         for _ in range(5)
     }
     assert len(results) == 1
@@ -221,9 +222,30 @@ def test_an_error_in_a_lane_comes_out_and_the_trainer_goes_on(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 31, 128, 1024, 65536])
 @pytest.mark.parametrize("sizes", [[3, 1], [784, 256, 128, 10], [64] * 5, [784, 4096, 4096, 10]], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_lanes_cover_every_batch(rows, sizes, threads, monkeypatch):
-    monkeypatch.setattr(numpy_ops, "_blas_threads", lambda: threads)
-    lanes, micro = NumpyOperations(precision.get("float32")).lanes(rows, sizes)
+@pytest.mark.parametrize("kind", [NumpyOperations, NumbaOperations])
+def test_lanes_cover_every_batch(rows, sizes, threads, kind, monkeypatch):
+    monkeypatch.setattr(numpy_ops, "blas_threads", lambda: threads)
+    lanes, micro = kind(precision.get("float32")).lanes(rows, sizes)
     assert 1 <= lanes <= threads
     assert 1 <= micro <= rows
     assert lanes == 1 or micro < rows, "a lane would have nothing to do"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "expected"),
+    [([64] * 5, 65536, 2), ([256] * 5, 32768, 2), ([784, 512, 512, 10], 128, 1), ([1024] * 4, 65536, 1)],
+    ids=str,
+)
+def test_lanes_are_for_many_rows_of_narrow_layers(sizes, rows, expected, monkeypatch):
+    monkeypatch.setattr(numpy_ops, "blas_threads", lambda: 2)
+    assert NumbaOperations(precision.get("float32")).lanes(rows, sizes)[0] == expected
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("rule", [SGD(lr=0.1), Adam(lr=1e-2)], ids=repr)
+def test_a_step_that_the_crew_shares_is_the_step_of_one_thread(rule, monkeypatch):
+    shared, costs = trained(lambda rows: (1, rows), monkeypatch, optimizer=rule)
+    monkeypatch.setattr(numpy_ops, "blas_threads", lambda: 1)
+    alone, again = trained(lambda rows: (1, rows), monkeypatch, optimizer=rule)
+    np.testing.assert_allclose(again, costs, rtol=1e-12)
+    np.testing.assert_allclose(shared.net.theta, alone.net.theta, rtol=1e-9, atol=1e-11)

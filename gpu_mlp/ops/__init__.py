@@ -43,6 +43,10 @@ def numba_obstacle() -> str:
         return "GPU_MLP_NUMBA is 0"
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed (pip install 'gpu-mlp[cpu]')"
+    try:
+        from . import crew  # noqa: F401
+    except ImportError as error:  # Numba does not load, or SciPy's BLAS is another than those known
+        return f"Numba cannot be used ({' '.join(str(error).split())[:200]})"
     return ""
 
 

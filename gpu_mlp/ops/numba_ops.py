@@ -1,12 +1,14 @@
 """The NumPy operations with the passes that take the time compiled: one read and one write where NumPy makes several.
 
-Leans on `numpy_ops`, whose passes it takes the place of, on `numba_kernels` and on `sharing`. What has no kernel, by
-its activation, loss, rule or type, is the reference's own.
+Leans on `numpy_ops`, whose passes it takes the place of, on `numba_kernels`, and on `crew` for threads. What has no
+kernel, by its activation, loss, rule or type, is the reference's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +17,81 @@ from ..losses import NLL, CrossEntropy, Loss
 from ..optimizers import SGD, Adam, Optimizer
 from ..regularizers import ElasticNet
 from . import numba_kernels as kernels
-from . import philox, sharing
+from . import philox
+from .crew import PART_FLOP, crew
 from .interface import Dropout, Slot
-from .numpy_ops import Array, NumpyOperations, keep_probability
+from .numpy_ops import Array, NumpyOperations, applies, blas_threads, keep_probability, one_blas_thread, quiet
 
 EVEN_WEIGHTS = np.empty(0)
+NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
+MICRO_BATCHES = 4  # a lane
 
 
 class NumbaOperations(NumpyOperations):
     """`NumpyOperations` with compiled passes; the types that it stores in are those that it computes in."""
+
+    part_elements = 100_000  # the crew is awake
+
+    def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
+        """Lanes pay by what stays in the cache: of many rows, or where layers are so narrow that their passes take as
+        long as their products. Else the crew shares every product, whose factors are larger then."""
+        lanes, micro = super().lanes(rows, sizes)
+        widest = max(n_in * n_out for n_in, n_out in zip(sizes, sizes[1:]))
+        few = rows < MICRO_BATCHES * lanes * micro and widest > NARROW
+        return (1, rows) if few or widest > WIDE else (lanes, micro)
+
+    def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
+        threads = blas_threads()
+        if lanes > 1 or threads < 2 or flop < 2 * PART_FLOP:
+            return quiet(one_blas_thread(), self._sharing_passes(lanes))
+        return quiet(one_blas_thread(), self._sharing_products(threads), self._sharing_passes(threads))
+
+    def affine_activation(
+        self,
+        h_in: Array,
+        W: Array,
+        b: Array,
+        f: Activation,
+        h: Array,
+        z: Array | None,
+        dropout: Dropout | None,
+        state: Array,
+    ) -> None:
+        self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
+
+    def input_gradient(
+        self,
+        gz: Array,
+        W: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+    ) -> None:
+        self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)
+
+    def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
+        crew().gemm(gz.T, h_in, gW, self._threads, beta=float(accumulate))
+
+    def descend(
+        self,
+        W: Array,
+        gz: Array,
+        h_in: Array,
+        optimizer: SGD,
+        regularizer: ElasticNet | None,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
+        if regularizer is not None and regularizer.l1:  # a sign is no multiple of W
+            super().descend(W, gz, h_in, optimizer, regularizer, shadow, state)
+        elif applies(state):
+            rate = float(state[Slot.LEARNING_RATE])
+            decay = optimizer.weight_decay + (0.0 if regularizer is None else regularizer.l2)
+            crew().gemm(gz.T, h_in, W, self._threads, alpha=-rate, beta=1 - rate * decay)
 
     def _finish_layer(
         self,
@@ -86,7 +154,7 @@ class NumbaOperations(NumpyOperations):
 
         parts = self._parts(gz_in.shape)
         sums = {rows.start: np.zeros_like(gb) if i else gb for i, rows in enumerate(parts)}
-        sharing.for_each(parts, work, len(parts))
+        self._for_each(parts, work, len(parts))
         for part in list(sums.values())[1:]:
             np.add(gb, part, out=gb)
 
@@ -158,6 +226,12 @@ class NumbaOperations(NumpyOperations):
         )
 
     # --- inside ---
+
+    def _matmul(self, a: Array, b: Array, out: Array, threads: int = 1) -> Array:
+        return crew().gemm(a, b, out, self._threads)
+
+    def _for_each(self, blocks: Sequence[Any], work: Callable[[Any], object], threads: int) -> None:
+        crew().for_each(blocks, work, threads)
 
     def _drop(self, block: Array, dropout: Dropout, start: int, state: Array) -> None:
         """Drop entries of a block that begins at row ``start`` of the micro-batch, and divide the rest by keep."""

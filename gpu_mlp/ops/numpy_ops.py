@@ -33,7 +33,6 @@ BLOCK = 16384  # elements of one pass over rows: six such float32 arrays fit a 5
 FLAT_BLOCK = 65536  # elements of one pass over θ: it has many short passes, whose calls cost more than the cache saves
 SMALL_GEMM = 32_000_000  # flop; below it a second BLAS thread gains little, and loses much on a busy machine
 LARGE_GEMM = 1_000_000_000  # flop; from here on BLAS shares the work out itself, below it `sharing` does
-PART_ELEMENTS = 400_000  # of a pass that is worth another thread
 LANE_FLOP = 50_000_000  # of a step's GEMMs that are worth another lane
 HEAD_START_FLOP = 10_000_000  # that a thread is through with before it has woken another
 ROW_MULTIPLE = 8  # of rows, that BLAS kernels take at once
@@ -47,6 +46,7 @@ class NumpyOperations(Operations):
 
     device = "cpu"
     waits = False
+    part_elements = 400_000  # of a pass that is worth another thread
 
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
@@ -107,7 +107,7 @@ class NumpyOperations(Operations):
 
     def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
         weights = sum(n_in * n_out for n_in, n_out in zip(sizes, sizes[1:]))
-        most = _blas_threads() if self._storage == self._compute else 1
+        most = blas_threads() if self._storage == self._compute else 1
         lanes = min(most, 6 * rows * weights // LANE_FLOP, rows // LANE_ROWS)
         if lanes < 2 or weights > MOST_WEIGHTS_A_ROW * rows:
             return 1, rows
@@ -119,21 +119,21 @@ class NumpyOperations(Operations):
         return lanes, min(part, rows)
 
     def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
-        threads = _blas_threads()
+        threads = blas_threads()
         if lanes > 1:
-            return _quiet(_one_blas_thread(), self._sharing_passes(lanes))
+            return quiet(one_blas_thread(), self._sharing_passes(lanes))
         if flop < SMALL_GEMM:
-            return _quiet(_one_blas_thread())
+            return quiet(one_blas_thread())
         if threads > 1 and flop < LARGE_GEMM:
-            return _quiet(_one_blas_thread(), self._sharing_products(threads))
-        return _quiet(self._sharing_passes(threads))
+            return quiet(one_blas_thread(), self._sharing_products(threads))
+        return quiet(self._sharing_passes(threads))
 
     def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
         for state in states[1:]:
             state[...] = states[0]
             state[Slot.COST] = 0.0
         with self._sharing_passes(1):  # a lane is a thread's own
-            sharing.for_each(range(len(states)), work, len(states))
+            self._for_each(range(len(states)), work, len(states))
         for state, gradient in zip(states[1:], g[1:]):
             states[0][Slot.COST] += state[Slot.COST]
             self._add(gradient, g[0])
@@ -366,7 +366,7 @@ class NumpyOperations(Operations):
         state: Array,
     ) -> None:
         gW = self._matmul(gz.T, h_in, self._scratch.matrix(0, W.shape), self._threads)
-        if not _applies(state):
+        if not applies(state):
             return
         c = optimizer.coefficients(float(state[Slot.LEARNING_RATE]), 1)
         self._apply(W.reshape(-1), gW.reshape(-1), (), optimizer, c, regularizer, 1.0, 1.0)
@@ -412,7 +412,7 @@ class NumpyOperations(Operations):
         shadow: Array | None,
         state: Array,
     ) -> None:
-        if not _applies(state):
+        if not applies(state):
             return
         norm, scale = float(state[Slot.GRADIENT_NORM]), float(state[Slot.LOSS_SCALE])
         clip = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + CLIP_EPS))
@@ -427,7 +427,7 @@ class NumpyOperations(Operations):
             np.copyto(shadow, theta, casting="same_kind")
 
     def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
-        if not _applies(state):
+        if not applies(state):
             return
         share = 1 - rule.decay_at(int(state[Slot.STEP]) + 1)
         for block in _blocks(theta.size):
@@ -476,7 +476,7 @@ class NumpyOperations(Operations):
 
     def _parts(self, shape: Sequence[int]) -> list[slice]:
         """The rows of a pass in parts, one a thread, where it is long enough."""
-        threads = min(self._beside, math.prod(shape) // PART_ELEMENTS)
+        threads = min(self._beside, math.prod(shape) // self.part_elements)
         step = max(1, -(-shape[0] // max(1, threads)))
         return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
@@ -486,7 +486,11 @@ class NumpyOperations(Operations):
             work(slice(0, shape[0]))
             return
         parts = self._parts(shape)
-        sharing.for_each(parts, work, len(parts))
+        self._for_each(parts, work, len(parts))
+
+    def _for_each(self, blocks: Sequence[Any], work: Callable[[Any], object], threads: int) -> None:
+        """`sharing.for_each`."""
+        sharing.for_each(blocks, work, threads)
 
     def _add(self, g: Array, out: Array) -> None:
         """out ← out + g, both flat."""
@@ -666,7 +670,7 @@ class _ColumnSums:
 
 
 @contextmanager
-def _quiet(*inner: AbstractContextManager[None]) -> Iterator[None]:
+def quiet(*inner: AbstractContextManager[None]) -> Iterator[None]:
     """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside other contexts."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"), ExitStack() as stack:
         for context in inner:
@@ -678,7 +682,7 @@ _ONE_BLAS_THREAD = threading.Lock()
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """Keep BLAS to one thread; the limit is the process's, so the first thread to come sets it and takes it back.
 
     On a busy machine the threads of a small GEMM wait for each other for whole time slices of the scheduler: a product
@@ -689,7 +693,7 @@ def _one_blas_thread() -> Iterator[None]:
         yield  # limited already, by this thread or another
         return
     try:
-        _before_the_limit = _blas_threads()
+        _before_the_limit = blas_threads()
         with _blas().limit(limits=1, user_api="blas"):
             yield
     finally:
@@ -700,7 +704,7 @@ def _one_blas_thread() -> Iterator[None]:
 _before_the_limit: int | None = None
 
 
-def _blas_threads() -> int:
+def blas_threads() -> int:
     """The threads that a GEMM may have, were it not for a limit of ours: the fewest of NumPy's BLAS and any other.
 
     1 where a user, or a context around this one, wants that.
@@ -712,6 +716,7 @@ def _blas_threads() -> int:
 
 @functools.cache
 def _blas() -> Any:
+    from scipy.linalg import cython_blas  # noqa: F401  (a BLAS of its own, which is loaded now and limited as well)
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController().select(user_api="blas")
@@ -753,7 +758,7 @@ def _penalised_parts(
         yield slice(middle, last), None
 
 
-def _applies(state: Array) -> bool:
+def applies(state: Array) -> bool:
     """Whether a step's gradient may be applied: nothing was out of the finite numbers, in this step or before it."""
     finite = np.isfinite(state[Slot.COST]) and np.isfinite(state[Slot.GRADIENT_NORM])
     return bool(finite and state[Slot.BAD_ROUND] == 0)

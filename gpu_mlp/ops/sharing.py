@@ -51,15 +51,16 @@ def for_each(blocks: Iterable[Any], work: Callable[[Any], object], threads: int)
         return
     cut = list(blocks)
     parts = max(1, min(threads, len(cut)))
-    others = [_workers().submit(_in_turn, cut[i::parts], work) for i in range(1, parts)]
+    others = [_workers().submit(in_turn, cut[i::parts], work) for i in range(1, parts)]
     try:
-        _in_turn(cut[::parts], work)
+        in_turn(cut[::parts], work)
     finally:  # also when interrupted: whoever comes next may write to the same arrays
         for other in others:
             other.result()
 
 
-def _in_turn(blocks: Iterable[Any], work: Callable[[Any], object]) -> None:
+def in_turn(blocks: Iterable[Any], work: Callable[[Any], object]) -> None:
+    """Call ``work(block)`` for every block, on this thread."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the caller's settings are its thread's own
         for block in blocks:
             work(block)
