@@ -166,21 +166,24 @@ def watched(ops: Any, clock: Any, device: str) -> Iterator[None]:
 
     place, name = _product(device)
     product = getattr(place, name)
-    for operation, kind in KINDS.items():
-        setattr(ops, operation, marking(getattr(ops, operation), kind))
+    replaced = {operation: marking(getattr(ops, operation), kind) for operation, kind in KINDS.items()}
+    if device == "cuda":  # in one stream, since a clock follows one
+        replaced |= {"independent": contextlib.nullcontext, "hides_update": lambda rows, size: False}
+    for operation, function in replaced.items():
+        setattr(ops, operation, function)
     setattr(place, name, marking(product, GEMMS))
     try:
         yield
     finally:
         setattr(place, name, product)
-        for operation in KINDS:
+        for operation in replaced:
             delattr(ops, operation)
 
 
 def _product(device: str) -> tuple[Any, str]:
-    """Where the matrix product of a device is to be found."""
+    """Where the matrix product of a device is to be found, with its epilogue where it has one."""
     if device == "cpu":
         return np, "matmul"
-    from gpu_mlp.ops.gemm import GEMM
+    from gpu_mlp.ops import gemm, lt
 
-    return GEMM, "__call__"
+    return (gemm.GEMM, "__call__") if gemm.binding().lt is None else (lt.Plan, "run")

@@ -1,8 +1,9 @@
 """Every GEMM of a layer by itself: its rate, and its share of the best that the library at hand can do.
 
 On a CPU: the operations of this library, under the threads that they choose themselves, against `numpy.matmul` under
-the best setting of the BLAS threads. On a GPU: the product that the operations queue (cuBLAS's own choice of algorithm)
-against the best of the algorithms that cublasLt proposes for it, the second-level cache flushed before each.
+the best setting of the BLAS threads. On a GPU: the product that a step queues, by the algorithm that was searched and
+kept, against the best of all that cublasLt proposes for it (with more workspace, and in whatever order it adds up), the
+second-level cache flushed before each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from gpu_mlp.ops.interface import Slot
 KINDS = ("fprop", "dgrad", "wgrad")
 SAMPLE_SECONDS, ROUNDS = 0.02, 9
 PROPOSALS = 32  # algorithms that cublasLt is asked for
+WORKSPACE = 32 << 20  # bytes, as cuBLAS advises from Hopper on
+ANY_REDUCTION = 7  # CUBLASLT_REDUCTION_SCHEME_MASK
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2}  # of the norm
 
 
@@ -135,6 +138,7 @@ def _same(ours: Any, theirs: Any, precision: str) -> None:
 def on_gpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
     """By kind: seconds of ours and of the best algorithm, and the share of it, in turn."""
     from gpu_mlp.bench.device import on_device
+    from gpu_mlp.ops import search
     from gpu_mlp.ops.gemm import GEMM
 
     of = precisions.get(precision)
@@ -150,13 +154,14 @@ def on_gpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
         found[kind] = (
             {} if rehearsal else {"seconds": {"gpu_mlp": None}, "best": "cublasLt is not there: nvmath-python"}
         )
-        gemm(*arguments)
+        with search.tuning(searching=True):
+            gemm(*arguments)
+        queued = partial(_tuned, gemm, arguments)
         result = ops.to_host(arguments[2]).copy()
-        try:
-            algorithms = Algorithms(*arguments, of)
-        except ImportError:
+        algorithms = Algorithms(gemm, *arguments)
+        if not algorithms.count:
             if not rehearsal:
-                found[kind]["seconds"]["gpu_mlp"] = timing.spread(on_device(partial(gemm, *arguments), samples))
+                found[kind]["seconds"]["gpu_mlp"] = timing.spread(on_device(queued, samples))
             continue
         first = {}
         for i in range(algorithms.count):
@@ -165,7 +170,7 @@ def on_gpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
             _same(ops.to_host(arguments[2]), result.astype(np.float64), precision)
             first[i] = min(on_device(partial(algorithms.run, i), max(2, samples // 4), 1))
         best = min(first, key=first.__getitem__)
-        ours = on_device(partial(gemm, *arguments), samples)
+        ours = on_device(queued, samples)
         theirs = on_device(partial(algorithms.run, best), samples)
         if not rehearsal:
             found[kind] = {
@@ -176,62 +181,42 @@ def on_gpu(product: Product, precision: str, rehearsal: bool) -> dict[str, Any]:
     return found
 
 
-class Algorithms:
-    """The algorithms that cublasLt proposes for out = op(a) op(b), and each of them to be run.
+def _tuned(gemm: Any, arguments: tuple[Any, ...]) -> None:
+    """The product as a step queues it."""
+    from gpu_mlp.ops import search
 
-    Arguments as `ops.gemm.GEMM` has them, C-order arrays, of which cublasLt sees the transposes.
+    with search.tuning():
+        gemm(*arguments)
+
+
+class Algorithms:
+    """The algorithms that cublasLt proposes for out = op(a) op(b), and each of them to be run; none without cublasLt.
+
+    Arguments as `ops.gemm.GEMM` has them.
     """
 
-    def __init__(self, a: Any, b: Any, out: Any, transpose_a: bool, transpose_b: bool, of: Any) -> None:
+    def __init__(self, gemm: Any, a: Any, b: Any, out: Any, transpose_a: bool, transpose_b: bool) -> None:
         import cupy
-        from nvmath.bindings import cublasLt as lt
 
-        from gpu_mlp.ops import gemm
-        from gpu_mlp.ops.lt import TYPES
+        from gpu_mlp.ops.gemm import binding
+        from gpu_mlp.ops.lt import Operands
 
-        self._lt, self._arrays = lt, (a, b, out)
-        compute = gemm._COMPUTE_32F_FAST_TF32 if of.reduced_gemm else gemm._COMPUTE_32F
-        self._handle = lt.create()
-        self._operation = lt.matmul_desc_create(compute, TYPES["float32"])
-        for attribute, transposed in (
-            (3, transpose_b),
-            (4, transpose_a),
-        ):  # TRANSA and TRANSB: the factors change places
-            value = np.array([int(transposed)], np.int32)
-            lt.matmul_desc_set_attribute(self._operation, attribute, value.ctypes.data, value.nbytes)
-        self._layouts = [
-            lt.matrix_layout_create(TYPES[x.dtype.name], x.shape[1], x.shape[0], x.shape[1]) for x in (b, a, out)
-        ]
-        self._workspace = cupy.empty(32 << 20, cupy.uint8)
-        self._scalars = np.array([1, 0], np.float32)
-        preference, limit = lt.matmul_preference_create(), np.array([self._workspace.nbytes], np.uint64)
-        lt.matmul_preference_set_attribute(preference, 1, limit.ctypes.data, limit.nbytes)  # MAX_WORKSPACE_BYTES
-        self._results = np.zeros(PROPOSALS, lt.matmul_heuristic_result_dtype)
-        count = np.zeros(1, np.int32)
-        b_layout, a_layout, c_layout = self._layouts
-        lt.matmul_algo_get_heuristic(
-            self._handle, self._operation, b_layout, a_layout, c_layout, c_layout, preference, PROPOSALS,
-            self._results.ctypes.data, count.ctypes.data,
-        )  # fmt: skip
-        lt.matmul_preference_destroy(preference)
-        self.count = int(count[0])
+        self._arrays, self._found = (a, b, out), []
+        library = binding().lt
+        if library is not None:
+            product = gemm.product(a, b, out, transpose_a, transpose_b)
+            self._workspace, self._scalars = cupy.empty(WORKSPACE, cupy.uint8), np.array([1, 0], gemm.scalar)
+            self._plan = library.unplanned(product)
+            self._found = self._plan.proposals(product, WORKSPACE, PROPOSALS, ANY_REDUCTION)
+            self._at = Operands(a.data.ptr, b.data.ptr, out.data.ptr, self._scalars.ctypes.data)
+        self.count = len(self._found)
 
     def run(self, i: int) -> None:
         """Queue the product by the i-th algorithm."""
         import cupy
 
-        (a, b, out), (b_layout, a_layout, c_layout) = self._arrays, self._layouts
-        alpha, algorithm = self._scalars.ctypes.data, self._results[i : i + 1].ctypes.data  # its first member
-        self._lt.matmul(
-            self._handle, self._operation, alpha, b.data.ptr, b_layout, a.data.ptr, a_layout, alpha + 4,
-            out.data.ptr, c_layout, out.data.ptr, c_layout, algorithm, self._workspace.data.ptr,
-            self._workspace.nbytes, cupy.cuda.get_current_stream().ptr,
-        )  # fmt: skip
+        from gpu_mlp.ops.lt import Place
 
-    def __del__(self) -> None:
-        if not hasattr(self, "_layouts"):
-            return
-        for layout in self._layouts:
-            self._lt.matrix_layout_destroy(layout)
-        self._lt.matmul_desc_destroy(self._operation)
-        self._lt.destroy(self._handle)
+        self._plan.use(self._found[i])
+        stream = cupy.cuda.get_current_stream().ptr
+        self._plan.run(self._at, Place(stream, self._workspace.data.ptr, WORKSPACE))

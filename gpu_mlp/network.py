@@ -136,11 +136,13 @@ class MLP:
 
     def _forward(self, work: Workspace, from_z: bool, dropout: Sequence[Dropout | None], state: Array) -> None:
         """Algorithm 6.3 on the input in ``work.h[0]``; with ``from_z`` the last layer stops at z, in ``work.h[L]``."""
-        h, z = work.h, work.z
+        h, z, auxiliary = work.h, work.z, work.auxiliary
         for l, f in enumerate(self._f):
             if from_z and l == len(self._f) - 1:
                 f = activations.IDENTITY
-            self._ops.affine_activation(h[l], self._W[l], self._b[l], f, h[l + 1], z[l], dropout[l], state)
+            self._ops.affine_activation(
+                h[l], self._W[l], self._b[l], f, h[l + 1], z[l], dropout[l], state, auxiliary[l]
+            )
 
     def _backward(
         self,
@@ -170,10 +172,12 @@ class MLP:
         for l in range(last, 0, -1):
             below = work.gz(l - 1)
             saved = {"h": h[l], "z": z[l - 1], "none": None}[f[l - 1].reads]
-            self._ops.input_gradient(
-                gz, self._W[l], f[l - 1], saved, dropout[l - 1], below, gb[l - 1], accumulate, state
-            )
-            sink(l, gz, h[l], accumulate)
+            with self._ops.independent():  # neither gradient reads what the other writes
+                self._ops.input_gradient(
+                    gz, self._W[l], f[l - 1], saved, dropout[l - 1], below, gb[l - 1], accumulate, state,
+                    work.auxiliary[l - 1],
+                )  # fmt: skip
+                sink(l, gz, h[l], accumulate)
             gz = below
         if gx is not None:
             self._ops.input_gradient(gz, self._W[0], activations.IDENTITY, None, None, gx, None, False, state)

@@ -79,6 +79,7 @@ def plan_memory(
         "minibatch": batch_size * (sizes[0] * storage + sizes[-1] * master + 16),
         "h": rows * sum(sizes[1:]) * storage,
         "z": rows * sum(keeps_z) * storage,
+        "masks": rows * sum(-(-n // 128) * 16 for n, f in outputs[:-1] if f.name == "relu" and of.storage != "float64"),
         "gz": min(2, len(sizes) - 1) * rows * max(sizes[1:]) * storage,
     }
     if isinstance(rule, Muon):

@@ -32,7 +32,7 @@ from .metrics import Metric
 from .network import MLP
 from .notices import say_once
 from .ops.interface import Array, Dropout, Recorder, Slot
-from .optimizers import LBFGS, SGD, Optimizer
+from .optimizers import LBFGS, SGD, Muon, Optimizer
 from .parallel import Parallel, ranks
 from .parallel.ranks import MPIRanks, Ranks
 from .parallel.reduction import Reduction
@@ -42,7 +42,7 @@ from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
 from .shards import Piece
 from .streams import Stream
-from .workspace import Lane, Workspace
+from .workspace import Lane, Sink, Workspace
 
 ADVICE = "a lower learning rate or clip_norm helps in most cases"
 
@@ -111,6 +111,7 @@ class Trainer:
         self._works: list[Workspace] = []
         self._lanes_for: dict[int, list[Lane]] = {}  # by this rank's rows of a batch
         self._handed: Single | None = None
+        self._early: list[int] = []
         self._recipe: tuple[Any, ...] = ()
         self._agreed = False  # whether the ranks have seen that they were started alike
         self._check_full_batch()
@@ -168,6 +169,7 @@ class Trainer:
         x, y, w = feed.fetch(own.stop - own.start, state)
         lanes = self._lanes(own.stop - own.start)
         self._begin_cost(y, w, rows)
+        self._early = self._early_layers(own.stop - own.start)
         if self._reduction is not None:
             self._reduction.begin(net._passes(lanes, own.stop - own.start))
         net._differentiate(x, y, w, self.loss, lanes, lambda first: self._dropout(own.start + first))
@@ -202,6 +204,10 @@ class Trainer:
         if self._reduction is not None and self._reduction.sharded:
             self._update_slices(self._reduction)
             return
+        if self._early:
+            ops.join()
+            self._update_rest()
+            return
         if self.apply_at_once:
             theta, n = theta[net.layout.n_weights :], max(0, n - net.layout.n_weights)
             shadow = None if shadow is None else shadow[net.layout.n_weights :]
@@ -229,6 +235,48 @@ class Trainer:
         reduction.exchange.gather(theta)
         if shadow is not None and self.ranks.size > 1:
             ops.copy(theta, shadow)
+
+    def _early_layers(self, rows: int) -> list[int]:
+        """The layers whose W is updated as soon as its gradient is there, under the products of the layers below.
+
+        The bits are those of one update at the end: the rule sees one element at a time, and COST, which it looks at,
+        stands before the backward pass. What needs the whole gradient first cannot be done so.
+        """
+        net = self.net
+        whole = (
+            self._reduction is not None
+            or self.clip_norm is not None
+            or net._precision.loss_scaled
+            or isinstance(self.optimizer, Muon)
+        )
+        if whole or self.apply_at_once or self.accumulate > 1:
+            return []
+        sizes = [span.stop - span.start for span in net.layout.spans]
+        return [l for l, size in enumerate(sizes) if l and net._ops.hides_update(rows, size)]  # below 0 is nothing
+
+    def _store_and_update(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
+        """The sink that keeps gW, and applies it where the layer is to be updated early."""
+        self._stores(l, gz, h, accumulate)
+        if l in self._early:
+            with self.net._ops.aside():
+                self._update_part(self.net.layout.spans[l])
+
+    def _update_rest(self) -> None:
+        """Update what lies between the layers that have been updated early, and behind them."""
+        start = 0
+        for span in [*(self.net.layout.spans[l] for l in self._early), slice(self.net.layout.size, None)]:
+            if span.start > start:
+                self._update_part(slice(start, span.start))
+            start = span.stop
+
+    def _update_part(self, part: slice) -> None:
+        """Hand a part of the gradient to the optimizer."""
+        net = self.net
+        net._ops.update(
+            net._theta[part], self._g[part], [moment[part] for moment in self.moments.values()], self.optimizer,
+            net.layout, max(0, min(self._penalised, part.stop) - part.start), self.regularizer, None,
+            None if net._shadow is None else net._shadow[part], self._state,
+        )  # fmt: skip
 
     def _descend(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
         """The sink that applies a layer's gradient at once."""
@@ -465,7 +513,10 @@ class Trainer:
         first = net.layout.n_weights if self.apply_at_once else 0
         self._g = ops.zeros(net.layout.size - first, net._precision.master_dtype)
         self._gb = net.layout.biases(self._g, first)
-        self._sink = self._descend if self.apply_at_once else net._store(net.layout.weights(self._g))
+        if self.apply_at_once:
+            self._sink: Sink = self._descend
+        else:
+            self._stores, self._sink = net._store(net.layout.weights(self._g)), self._store_and_update
         self._reduction: Reduction | None = None
         if isinstance(self.ranks, MPIRanks):
             options = self.parallel if isinstance(self.parallel, Parallel) else Parallel()

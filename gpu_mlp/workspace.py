@@ -18,7 +18,7 @@ class Workspace:
     """h of every layer, z where f′ reads it, and two buffers for the gz of neighbouring layers.
 
     ``h[0]`` is the input, (rows, n_0), set by whoever runs a pass; ``h[l + 1]`` and ``z[l]`` are layer l's,
-    (rows, n_{l+1}).
+    (rows, n_{l+1}), and so is ``auxiliary[l]``, what a device's forward pass leaves for its backward pass.
     """
 
     def __init__(
@@ -32,6 +32,8 @@ class Workspace:
         self.rows = rows
         self.h: list[Array] = [None, *(ops.empty((rows, n), dtype) for n in sizes[1:])]
         self.z = [ops.empty((rows, n), dtype) if needed else None for n, needed in zip(sizes[1:], reads_z)]
+        hidden = zip(activations[:-1], sizes[1:])
+        self.auxiliary = [*(ops.auxiliary(f, rows, n) for f, n in hidden), None]
         self._gz = [ops.empty(rows * max(sizes[1:]), dtype) for _ in range(min(2, len(sizes) - 1))]
         self._short: dict[int, Workspace] = {}
 
@@ -49,6 +51,7 @@ class Workspace:
             short._sizes, short.rows, short._gz, short._short = self._sizes, rows, self._gz, {}
             short.h = [None, *(h[:rows] for h in self.h[1:] if h is not None)]
             short.z = [z if z is None else z[:rows] for z in self.z]
+            short.auxiliary = [kept if kept is None else kept.first(rows) for kept in self.auxiliary]
             self._short[rows] = short
         return self._short[rows]
 

@@ -113,6 +113,7 @@ def test_info_names_the_gpu(runtime, capsys):
     assert facts["GPU"].startswith("Emulated GPU, compute capability 9.0, 3 multiprocessors")
     assert facts["CUDA"] == "driver 12.9, runtime 12.9"
     assert facts["cuBLAS"] == "through nvmath-python, in CUDA graphs"
+    assert facts["GEMMs"] == "cublasLt 120903, by the algorithm that it proposes first"
     assert facts["device='auto'"] == "means cuda"
 
 

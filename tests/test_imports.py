@@ -34,10 +34,11 @@ ROWS = [
     {"readers.tabular", "readers.idx", "readers.numpy_files"},
     {"readers.csv_files", "readers.parquet_files"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
-    {"data", "shards", "ops.launch", "ops.search", "ops.exchange"},
+    {"data", "shards", "ops.launch", "ops.exchange"},
+    {"ops.search"},
     {"ops.lt"},
-    {"tables", "ops.gemm", "ops.staging", "ops.mpi", "parallel.buckets"},
-    {"folders", "ops.graphs", "ops.nccl"},
+    {"tables", "ops.gemm", "ops.staging", "ops.epilogues", "ops.mpi", "parallel.buckets"},
+    {"folders", "ops.graphs", "ops.ways", "ops.beside", "ops.nccl"},
     {"streams"},
     {"ops.numpy_ops", "ops.cuda_ops", "ops.device", "ops.numba_kernels", "ops.crew"},
     {"ops.numba_ops"},
@@ -60,8 +61,8 @@ LEANS = {  # of the leaves: what each may import of the package
     "logs": {"checks", "tensorfile"},
     "parallel.ranks": {"notices"},
 }
-CUPY = {"bench.device", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.gemm", "ops.graphs", "ops.launch", "ops.lt",
-        "ops.nccl", "ops.search", "ops.staging"}  # fmt: skip
+CUPY = {"bench.device", "ops.beside", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.epilogues", "ops.gemm",
+        "ops.graphs", "ops.launch", "ops.lt", "ops.nccl", "ops.search", "ops.staging", "ops.ways"}  # fmt: skip
 CLI = {"cli", "__main__"}
 
 

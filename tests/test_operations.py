@@ -1085,6 +1085,57 @@ def test_weight_gradient(bench, shape, accumulate):
     assert_close(bench.host(gW), g0.T @ h0 + before, bench.master_product_tolerance)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_independent_gradients(bench, accumulate):
+    """The two gradients of a layer are the same whether they may run side by side or not."""
+    batch, n_in, n_out = 37, 12, 8
+    (gz, g0), (W, W0), (h_in, h0) = bench.normal(batch, n_out), bench.normal(n_out, n_in), bench.normal(batch, n_in)
+    gz_in, gW = bench.output(batch, n_in), bench.output(n_out, n_in, dtype=bench.master)
+    gW[...] = 0
+    with only_writes(bench, locals(), "gz_in", "gW"), bench.ops.independent():
+        bench.ops.input_gradient(gz, W, ACTIVATIONS["identity"], None, None, gz_in, None, False, bench.state())
+        bench.ops.weight_gradient(gz, h_in, gW, accumulate)
+    bench.check_guards()
+    assert_close(bench.host(gz_in), g0 @ W0, bench.product_tolerance)
+    assert_close(bench.host(gW), g0.T @ h0, bench.master_product_tolerance)
+
+
+def test_aside_and_join(bench):
+    """Work that is done aside is seen after the join."""
+    first, second = bench.ops.zeros(9, bench.master), bench.ops.zeros(9, bench.master)
+    bench.ops.copy(np.arange(9, dtype=bench.master), first)
+    with bench.ops.aside():
+        bench.ops.copy(first, second)
+    bench.ops.join()
+    np.testing.assert_array_equal(bench.host(second), np.arange(9))
+
+
+def test_join(bench):
+    """There may be nothing to join."""
+    bench.ops.join()
+
+
+def test_hides_update(bench):
+    """On a CPU there is nothing to hide an update under; on a GPU a large one is hidden under large products."""
+    assert bench.ops.hides_update(8192, 1 << 24) == (bench.ops.device == "cuda")
+    assert not bench.ops.hides_update(8192, 1000)
+    assert not bench.ops.hides_update(8, 1 << 24)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_auxiliary(bench, name):
+    """Nothing, where no epilogue was found to be faster."""
+    kept = bench.ops.auxiliary(ACTIVATIONS[name], 37, 12)
+    if kept is not None:
+        kept = kept.first(5)
+    (h_in, h0), (W, W0), (b, b0) = bench.normal(5, 4), bench.normal(12, 4), bench.normal(12)
+    h = bench.output(5, 12)
+    bench.ops.affine_activation(h_in, W, b, ACTIVATIONS[name], h, None, None, bench.state(), kept)
+    bench.check_guards()
+    expected = {"relu": lambda z: np.maximum(z, 0), "tanh": np.tanh}[name](h0 @ W0.T + b0)
+    assert_close(bench.host(h), expected, bench.product_tolerance)
+
+
 REGULARIZERS = [
     None,
     regularizers.L2(0.3),

@@ -103,7 +103,10 @@ def _words(setting: int) -> str:
 
 
 class OnGPU:
-    """The GEMMs of a step through the operations' own way to cuBLAS, as one queue of work."""
+    """The GEMMs of a step through the operations' own way to cuBLAS, as one queue of work.
+
+    Each by the algorithm that was found fastest, as in a step, and one after the other.
+    """
 
     def __init__(self, task: Task) -> None:
         from ..ops import make as operations
@@ -130,11 +133,18 @@ class OnGPU:
             "wgrad": lambda l: (gz[l + 1], h[l], gW[l], True, False),
         }
         self.products = [arguments[kind](l) for kind, l, _ in products(task)]
+        self._queue(searching=True)
 
     def once(self) -> None:
         """Queue every product."""
-        for arguments in self.products:
-            self.gemm(*arguments)
+        self._queue(searching=False)
+
+    def _queue(self, searching: bool) -> None:
+        from ..ops import search
+
+        with search.tuning(searching):
+            for arguments in self.products:
+                self.gemm(*arguments)
 
     def sample(self, repeats: int, before: Callable[[], None]) -> Samples:
         """The seconds of one pass, under the one setting that there is."""

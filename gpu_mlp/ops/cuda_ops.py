@@ -8,9 +8,9 @@ they are first needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import cupy
 import numpy as np
@@ -23,16 +23,23 @@ from ..losses import NLL, CrossEntropy, Hinge, Huber, Loss
 from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
-from . import launch, philox
+from . import epilogues, launch, philox, search
+from .beside import Beside
+from .epilogues import Mask
 from .exchange import Bucket, Exchange
-from .gemm import GEMM
+from .gemm import GEMM, binding
 from .graphs import GraphRecorder
 from .interface import ALIGNMENT, CLIP_EPS, Array, Dropout, Layout, Operations, Recorder, Slot, Staging
 from .launch import Macros, kernel
 from .staging import PinnedStaging
+from .ways import Ways
 
 _ADD_TO_COST, _SET_NORM, _SET_TOTAL_WEIGHT = (np.int32(i) for i in range(3))  # enum Finish of kernels/flat.cu
 _PREPARED = 8  # numbers that prepare_update leaves: applied, unscale, clip, and the rule's coefficients
+# The update of a layer's W is done aside where reading and writing it takes several times what two more launches cost
+# (a million parameters at some 28 bytes are 10 microseconds of an H100's memory), and where the products of a layer
+# below, 8 fs a row and parameter, are long enough to hide its 9 ps a parameter. All others share the launch at the end.
+_HIDDEN_SIZE, _HIDING_ROWS = 1 << 20, 1024
 _READS = {"none": 0, "h": 1, "z": 2}
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _CATEGORICAL = (CrossEntropy, NLL)
@@ -51,8 +58,12 @@ class CudaOperations(Operations):
         self._storage = precision.storage_dtype.name
         self._master = precision.master_dtype
         self._gemm = GEMM(precision)
+        self._ways = Ways(precision.name, self._as_float32)
         self._scratch: dict[str, Array] = {}
         self._class_weights: dict[tuple[float, ...], Array] = {}
+        self._pairing, self._partner = False, cast("Callable[[], None] | None", None)  # see `independent`
+        self._gradient_stream: Beside | None = None
+        self._update_stream: Beside | None = None
 
     # --- arrays ---
 
@@ -105,6 +116,11 @@ class CudaOperations(Operations):
     def free_bytes(self) -> int | None:
         pool = cupy.get_default_memory_pool()
         return int(cupy.cuda.Device().mem_info[0]) + pool.total_bytes() - pool.used_bytes()
+
+    def auxiliary(self, f: Activation, rows: int, n: int) -> Any:
+        library = binding().lt
+        kept = library is not None and library.choices.path is not None  # else no epilogue is ever chosen
+        return Mask.empty(rows, n) if kept and f.name == "relu" and self._storage != "float64" else None
 
     def recorder(self, wanted: bool | None = None) -> Recorder:
         return GraphRecorder(lambda: list(self._scratch.values()), wanted)
@@ -181,10 +197,35 @@ class CudaOperations(Operations):
         z: Array | None,
         dropout: Dropout | None,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         product = h if z is None else z
-        self._gemm(h_in, W, product, transpose_b=True)
-        self._activate(f, product, b, h, z is not None, dropout, state)
+
+        def plain() -> None:
+            self._gemm(h_in, W, product, transpose_b=True)
+            self._activate(f, product, b, h, z is not None, dropout, state)
+
+        if auxiliary is not None:
+            auxiliary.written = False
+        found = None if dropout is not None else epilogues.forward(f, z, auxiliary)
+        if found is None or self._storage == "float64":
+            plain()
+            return
+        epilogue, kept = found
+
+        def fused(bias: Array = b) -> Any:
+            return self._gemm.fused(epilogue, h_in, W, h, transpose_b=True, bias=bias, auxiliary=kept)
+
+        def hides_nothing(way: str) -> bool:
+            nothing = cupy.full(b.shape, np.nan, np.float32)
+            fused(nothing if b.dtype == np.float32 else self._cast(nothing, b.dtype))()
+            return bool(cupy.isnan(self._as_float32(h)).all())  # a network that diverges must not look sound
+
+        key = "affine", f.name, "x".join(map(str, (*h.shape, W.shape[1]))), f"epilogue {epilogue}"
+        results = [h] if z is None else [h, z]
+        way = self._ways.run(key, plain, {"epilogue": fused}, results, sound=hides_nothing)
+        if auxiliary is not None:
+            auxiliary.written = way == "epilogue"
 
     def activate(self, f: Activation, z: Array, h: Array) -> None:
         self._activate(f, z, None, h, False, None, None)
@@ -242,6 +283,18 @@ class CudaOperations(Operations):
 
     # --- backward ---
 
+    @contextmanager
+    def independent(self) -> Iterator[None]:
+        if not search.tuned():
+            yield
+            return
+        self._partner, self._pairing = None, True
+        self._second_stream().mark()
+        try:
+            yield
+        finally:
+            self._partner, self._pairing = None, False
+
     def input_gradient(
         self,
         gz: Array,
@@ -253,17 +306,91 @@ class CudaOperations(Operations):
         gb: Array | None,
         accumulate: bool,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
-        self._gemm(gz, W, gz_in)
-        if f.rowwise:
-            self._rowwise_gradient(f, gz_in, saved)
-            if gb is not None:
+        def work() -> None:
+            self._input_gradient(gz, W, f, saved, dropout, gz_in, gb, accumulate, state, auxiliary)
+
+        if self._pairing:
+            self._partner = work
+        work()
+
+    def _input_gradient(
+        self,
+        gz: Array,
+        W: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+        auxiliary: Any,
+    ) -> None:
+        def plain() -> None:
+            self._gemm(gz, W, gz_in)
+            if f.rowwise:
+                self._rowwise_gradient(f, gz_in, saved)
+                if gb is not None:
+                    self._column_sums(gz_in, gb, accumulate, state)
+            elif f.reads != "none" or dropout is not None or gb is not None:
+                self._activation_gradient(f, gz_in, saved, dropout, gb, accumulate, state)
+
+        read = None if dropout is not None else epilogues.gradient(f, saved, auxiliary)
+        if read is None or self._storage == "float64":
+            plain()
+            return
+
+        def fused() -> Any:
+            product = self._gemm.fused(epilogues.GRADIENT[f.name], gz, W, gz_in, auxiliary=read)
+            if product is None or gb is None:
+                return product
+
+            def both() -> None:
+                product()
                 self._column_sums(gz_in, gb, accumulate, state)
-        elif f.reads != "none" or dropout is not None or gb is not None:
-            self._activation_gradient(f, gz_in, saved, dropout, gb, accumulate, state)
+
+            return both
+
+        def summing() -> Any:
+            if accumulate:  # the epilogue overwrites
+                return fused()
+            return self._gemm.fused(epilogues.GRADIENT_AND_SUMS[f.name], gz, W, gz_in, bias=gb, auxiliary=read)
+
+        offers = {"epilogue": fused}
+        if gb is not None and gb.dtype == gz_in.dtype:
+            offers["epilogue with sums"] = summing
+        key = "gradient", f.name, "x".join(map(str, (*gz_in.shape, gz.shape[1]))), f"sums {gb is not None}"
+        results = [gz_in] if gb is None else [gz_in, gb]
+        self._ways.run(key, plain, offers, results, again=not accumulate)
 
     def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
-        self._gemm(gz, h_in, gW, transpose_a=True, beta=1.0 if accumulate else 0.0)
+        def work() -> None:
+            self._gemm(gz, h_in, gW, transpose_a=True, beta=1.0 if accumulate else 0.0)
+
+        partner = self._partner
+        if partner is None:
+            work()
+            return
+        second = self._second_stream()
+
+        def beside() -> None:
+            with second.queue():
+                work()
+            second.join()
+
+        def in_turn_or_beside() -> str:
+            work()  # finds its algorithm
+            ways = {"in turn": _sequence(partner, work), "beside": _sequence(second.mark, partner, beside)}
+            best = list(ways)[search.fastest(list(ways.values()))]
+            second.mark()
+            partner()
+            return best
+
+        key = "gradients", "x".join(map(str, (len(gz), *gW.shape)))
+        way = self._ways.pick(key, ("in turn", "beside"), in_turn_or_beside, again=not accumulate)
+        (beside if way == "beside" else work)()
 
     def descend(
         self,
@@ -392,6 +519,21 @@ class CudaOperations(Operations):
         )
         self._update_matrices(theta, g, moments[0], optimizer, layout, regularizer, shadow, state)
 
+    def hides_update(self, rows: int, size: int) -> bool:
+        return rows >= _HIDING_ROWS and size >= _HIDDEN_SIZE
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        if self._update_stream is None:
+            self._update_stream = Beside()
+        self._update_stream.mark()
+        with self._update_stream.queue():
+            yield
+
+    def join(self) -> None:
+        if self._update_stream is not None:
+            self._update_stream.join()
+
     def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
         vec = launch.vector_length(theta.size, theta, averaged)
         self._launch(
@@ -427,6 +569,15 @@ class CudaOperations(Operations):
             np.float64(precision_table.LOSS_SCALE_MINIMUM),
             state,
         )
+
+    def _second_stream(self) -> Beside:
+        """Where a layer's second gradient runs beside the first."""
+        if self._gradient_stream is None:
+            self._gradient_stream = Beside()
+        return self._gradient_stream
+
+    def _as_float32(self, array: Array) -> Array:
+        return array if array.dtype == np.float32 else self._cast(array, np.float32)
 
     def _cast(self, array: Array, dtype: Any) -> Array:
         """``array``, C-order, in another type, by our own kernel: CuPy's do not know every 16-bit type everywhere."""
@@ -806,6 +957,14 @@ class CudaOperations(Operations):
         if name not in self._scratch or self._scratch[name].size < count:
             self._scratch[name] = cupy.empty(max(count, ALIGNMENT), dtype)
         return self._scratch[name][:count]
+
+
+def _sequence(*works: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        for work in works:
+            work()
+
+    return run
 
 
 def _needs_dlpack(array: Any) -> bool:

@@ -82,7 +82,17 @@ def describe() -> dict[str, str]:
         if gemm.binding().in_graphs
         else "CuPy, not in CUDA graphs (pip install nvmath-python)"
     )
-    return {**facts, "cuBLAS": f"through {graphs}"}
+    return {**facts, "cuBLAS": f"through {graphs}", "GEMMs": _gemms()}
+
+
+def _gemms() -> str:
+    """How an algorithm is chosen for a product."""
+    library = gemm.binding().lt
+    if library is None:
+        return "cublasGemmEx, by its own choice of algorithm"
+    if library.choices.path is None:
+        return f"cublasLt {library.version}, by the algorithm that it proposes first"
+    return f"cublasLt {library.version}, by the fastest algorithm, kept in {library.choices.path}"
 
 
 def _version(number: int) -> str:

@@ -10,6 +10,7 @@ to be captured.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ import numpy as np
 from ..notices import say_once
 from ..precision import Precision
 from . import launch, lt
+from .interface import DeviceError
 from .launch import device_error
 from .lt import Operands, Place, Product
 
@@ -43,7 +45,8 @@ class GEMM:
         else:
             self._compute = _COMPUTE_32F_FAST_TF32 if precision.reduced_gemm else _COMPUTE_32F
         self.scalar = precision.master_dtype  # of alpha and beta
-        self._pairs: dict[tuple[float, float], Any] = {}
+        self._scalar_name = self.scalar.name
+        self._pairs: dict[tuple[float, float], tuple[Any, int]] = {}
 
     def __call__(
         self,
@@ -71,12 +74,11 @@ class GEMM:
         address = self._host_pair(alpha, beta) if factors is None else factors.data.ptr
         library = binding()
         overwrites = factors is None and beta == 0
-        plan, at = self._planned(
-            library, a, b, out, (transpose_a, transpose_b), address, factors is not None, overwrites
-        )
+        transposed = transpose_a, transpose_b
+        plan, at, place = self._planned(library, a, b, out, transposed, address, factors is not None, overwrites)
         try:
             if plan is not None:
-                plan.run(at, library.place())
+                plan.run(at, place)
                 return
             library.prepare(_ON_HOST if factors is None else _ON_DEVICE)
             library.gemm(
@@ -112,7 +114,7 @@ class GEMM:
             return None
         beside = [0 if array is None else array.data.ptr for array in (bias, auxiliary)]
         address, transposed = self._host_pair(1.0, 0.0), (transpose_a, transpose_b)
-        plan, at = self._planned(library, a, b, out, transposed, address, False, True, epilogue, *beside)
+        plan, at, _ = self._planned(library, a, b, out, transposed, address, False, True, epilogue, *beside)
         if plan is None:
             return None
         arrays = a, b, out, bias, auxiliary  # stay alive with the work
@@ -124,6 +126,24 @@ class GEMM:
                 raise device_error(error, "GEMM", arrays) from error
 
         return run
+
+    def product(
+        self,
+        a: Any,
+        b: Any,
+        out: Any,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        on_device: bool = False,
+        epilogue: int = lt.DEFAULT,
+    ) -> Product:
+        """What a plan for out = op(a) op(b) depends on; on_device: whether alpha and beta are there."""
+        (m, n), k = out.shape, a.shape[0] if transpose_a else a.shape[1]
+        aligned = lt.alignment(a.data.ptr), lt.alignment(b.data.ptr), lt.alignment(out.data.ptr)
+        types = _name(a.dtype), _name(out.dtype)
+        return Product(
+            m, n, k, transpose_a, transpose_b, types, self._compute, self._scalar_name, on_device, aligned, epilogue
+        )
 
     def _planned(
         self,
@@ -138,17 +158,12 @@ class GEMM:
         epilogue: int = lt.DEFAULT,
         bias: int = 0,
         auxiliary: int = 0,
-    ) -> tuple[Any, Operands]:
-        """cublasLt's plan of a product, or None, and its operands."""
+    ) -> tuple[Any, Operands, Any]:
+        """cublasLt's plan of a product, or None; its operands; and the place where it runs."""
         at = Operands(a.data.ptr, b.data.ptr, out.data.ptr, scalars, bias, auxiliary)
         if library.lt is None:
-            return None, at
-        (m, n), k = out.shape, a.shape[0] if transposed[0] else a.shape[1]
-        aligned = lt.alignment(at.a), lt.alignment(at.b), lt.alignment(at.out)
-        product = Product(
-            m, n, k, *transposed, (a.dtype.name, out.dtype.name), self._compute, self.scalar.name, on_device,
-            aligned, epilogue,
-        )  # fmt: skip
+            return None, at, None
+        product = self.product(a, b, out, *transposed, on_device, epilogue)
 
         def rehearsal() -> Operands | None:
             if overwrites:
@@ -160,19 +175,23 @@ class GEMM:
             return at._replace(out=library.spare.data.ptr)
 
         try:
-            return library.lt.plan(product, library.place(), rehearsal), at
+            place = library.place()
+            return library.lt.plan(product, place, rehearsal), at, place
+        except DeviceError:
+            raise
         except Exception as error:
             say_once(f"cublasLt cannot be used ({type(error).__name__}: {error}); cublasGemmEx takes its place")
             library.lt = None
-            return None, at
+            return None, at, None
         finally:
             library.spare = None
 
     def _host_pair(self, alpha: float, beta: float) -> int:
         """The address of two numbers in the host's memory, which stay there."""
         if (alpha, beta) not in self._pairs:
-            self._pairs[alpha, beta] = np.array([alpha, beta], self.scalar)
-        return self._pairs[alpha, beta].ctypes.data
+            pair = np.array([alpha, beta], self.scalar)
+            self._pairs[alpha, beta] = pair, pair.ctypes.data
+        return self._pairs[alpha, beta][1]
 
     def _scale(self, out: Any, beta: Any) -> None:
         """A sum of no products; with beta 0 what stood there is not read, not even a NaN."""
@@ -268,6 +287,7 @@ class _CuPy:
             self._cublas.setPointerMode(handle, before)
 
 
+_name = functools.cache(lambda dtype: dtype.name)  # which NumPy puts together each time
 _bindings = threading.local()
 
 

@@ -12,7 +12,7 @@ import copy
 import enum
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +210,14 @@ class Operations(abc.ABC):
     def recorder(self, wanted: bool | None = None) -> Recorder:
         """A recorder; with ``wanted`` False one that replays nothing."""
 
+    def auxiliary(self, f: Activation, rows: int, n: int) -> Any:
+        """What a hidden layer's forward pass may leave for its backward pass beside h and z; None where it is nothing.
+
+        Its `affine_activation` and the `input_gradient` that goes through its f take it; ``first(rows)`` is the like
+        for fewer rows. `planning` counts a bit an entry for relu, and rows padded to 16 bytes.
+        """
+        return None
+
     @abc.abstractmethod
     def staging(self, shape: Sequence[int], dtype: Any) -> Staging:
         """A pair of buffers for data that is larger than the device's memory."""
@@ -275,11 +283,12 @@ class Operations(abc.ABC):
         z: Array | None,
         dropout: Dropout | None,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         """z = h_in Wᵀ + b, h = f(z), then dropout on h (algorithm 6.3).
 
         h_in: (batch, n_in); W: (n_out, n_in); b: (n_out,). Writes h: (batch, n_out), and z: (batch, n_out) where it is
-        given (f′ reads it then). Dropout reads ROUND.
+        given (f′ reads it then), and ``auxiliary`` where it is. Dropout reads ROUND.
         """
 
     @abc.abstractmethod
@@ -317,6 +326,13 @@ class Operations(abc.ABC):
 
     # --- backward ---
 
+    def independent(self) -> AbstractContextManager[None]:
+        """A context for one `input_gradient` and then one `weight_gradient` of the same gz: they may run side by side.
+
+        What is queued after either of them sees its results, as ever.
+        """
+        return nullcontext()
+
     @abc.abstractmethod
     def input_gradient(
         self,
@@ -329,12 +345,13 @@ class Operations(abc.ABC):
         gb: Array | None,
         accumulate: bool,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         """gh = gz W, gz_in = gh ⊙ f′ (through the dropout mask), gb = Σ_batch gz_in (algorithm 6.4).
 
-        gz: (batch, n_out); W: (n_out, n_in); saved: (batch, n_in), what f′ of the layer below reads. Writes gz_in:
-        (batch, n_in) and, where it is given, gb: (n_in,) (adds to it with ``accumulate``). With f = identity and no gb,
-        gz_in is the gradient with respect to the input, gh.
+        gz: (batch, n_out); W: (n_out, n_in); saved: (batch, n_in), what f′ of the layer below reads; auxiliary: what
+        that layer's forward pass was given. Writes gz_in: (batch, n_in) and, where it is given, gb: (n_in,) (adds to it
+        with ``accumulate``). With f = identity and no gb, gz_in is the gradient with respect to the input, gh.
         """
 
     @abc.abstractmethod
@@ -400,6 +417,18 @@ class Operations(abc.ABC):
         LEARNING_RATE, STEP, LOSS_SCALE, COST and GRADIENT_NORM. A COST or GRADIENT_NORM that is not finite, or a
         BAD_ROUND, leaves everything as it is, so that the last good θ is kept until the host looks.
         """
+
+    def hides_update(self, rows: int, size: int) -> bool:
+        """Whether the update of ``size`` parameters is better done `aside`, under the gradients of lower layers."""
+        return False
+
+    def aside(self) -> AbstractContextManager[None]:
+        """A context for work that may run beside all that follows, up to `join`; it sees all that came before."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """What is queued from now on sees what was done `aside`."""
+        return
 
     @abc.abstractmethod
     def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:

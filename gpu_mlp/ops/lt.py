@@ -25,7 +25,7 @@ from .choices import Choices
 TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cudaDataType
 PROPOSALS = 8  # that cublasLt is asked for where the fastest is searched
 DEFAULT, BIAS, RELU_BIAS, RELU_AUX_BIAS, GELU_BIAS, GELU_AUX_BIAS = 1, 4, 6, 134, 36, 164  # cublasLtEpilogue_t
-DRELU, DRELU_BGRAD, DGELU, DGELU_BGRAD, BGRADB = 136, 152, 192, 208, 512
+DRELU, DRELU_BGRAD, DGELU, DGELU_BGRAD = 136, 152, 192, 208
 MASKED = (RELU_AUX_BIAS, DRELU, DRELU_BGRAD)  # whose auxiliary matrix has a bit for every element
 AUXILIARY = (*MASKED, GELU_AUX_BIAS, DGELU, DGELU_BGRAD)
 NOT_OVER_ONE = (DRELU, DRELU_BGRAD, DGELU, DGELU_BGRAD)  # which fail where k is 1
@@ -133,12 +133,17 @@ class Plan:
             self._address, place.workspace, place.size, place.stream,
         )  # fmt: skip
 
-    def proposals(self, product: Product, workspace: int, count: int) -> list[bytes]:
-        """The algorithms that cublasLt proposes, the one that it thinks fastest first."""
+    def proposals(
+        self, product: Product, workspace: int, count: int, reductions: int = _IN_COMPUTE_TYPE
+    ) -> list[bytes]:
+        """The algorithms that cublasLt proposes, the one that it thinks fastest first.
+
+        reductions: the admitted ways to add partial sums up, a mask of cublasLtReductionScheme_t.
+        """
         preference = self._lt.matmul_preference_create()
         try:
             self._prefer(preference, _MAX_WORKSPACE, workspace, np.uint64)
-            self._prefer(preference, _REDUCTION_SCHEMES, _IN_COMPUTE_TYPE, np.uint32)
+            self._prefer(preference, _REDUCTION_SCHEMES, reductions, np.uint32)
             a, b, out = product.alignment
             for attribute, alignment in zip(_ALIGNMENTS, (b, a, out, out)):  # the factors change places
                 self._prefer(preference, attribute, alignment, np.uint32)
@@ -235,6 +240,10 @@ class Library:
         self._plans: dict[tuple[Product, int, bool], Plan | None] = {}
         self._open: set[tuple[Product, int, bool]] = set()  # whose algorithm is still to be searched
 
+    def unplanned(self, product: Product) -> Plan:
+        """A plan without an algorithm, for whoever chooses one."""
+        return Plan(self._lt, self._handle, product)
+
     def plan(self, product: Product, place: Place, rehearsal: Callable[[], Operands | None]) -> Plan | None:
         """The plan of a product; None where cublasLt has no way to compute it.
 
@@ -255,7 +264,7 @@ class Library:
         if not product.possible:
             return None
         try:
-            plan = Plan(self._lt, self._handle, product)
+            plan = self.unplanned(product)
         except Exception as error:
             if refused(error):
                 return None
@@ -295,7 +304,7 @@ class Library:
         """One algorithm to be timed, in whatever stream is current; None where it does not run after all."""
         import cupy
 
-        plan = Plan(self._lt, self._handle, product)
+        plan = self.unplanned(product)
         plan.use(algorithm)
 
         def run() -> None:

@@ -56,6 +56,7 @@ class NumbaOperations(NumpyOperations):
         z: Array | None,
         dropout: Dropout | None,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
 
@@ -70,6 +71,7 @@ class NumbaOperations(NumpyOperations):
         gb: Array | None,
         accumulate: bool,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)
 

@@ -174,6 +174,7 @@ class NumpyOperations(Operations):
         z: Array | None,
         dropout: Dropout | None,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         if self._threads < 2:
             self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
@@ -287,6 +288,7 @@ class NumpyOperations(Operations):
         gb: Array | None,
         accumulate: bool,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
         if self._threads < 2:
             self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)

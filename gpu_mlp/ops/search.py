@@ -13,6 +13,8 @@ from typing import Any
 
 import cupy
 
+from .launch import device_error
+
 ROUNDS = 7  # in each of which every candidate runs once
 SECONDS = 0.5  # on one search; what is left of the rounds is then left out
 CONTENDERS = 4  # that stay after the first round
@@ -57,8 +59,11 @@ def fastest(candidates: Sequence[Callable[[], None]]) -> int:
     each finds the cache as a product of this size leaves it, which is how training finds it: what fits was written
     just before.
     """
-    with tuning():
-        times = _times([_recorded(work) for work in candidates])
+    try:
+        with tuning():
+            times = _times([_recorded(work) for work in candidates])
+    except Exception as error:
+        raise device_error(error, "a search for the fastest way", ()) from error
     best = min(range(len(times)), key=times.__getitem__)
     return best if times[best] < (1 - GAIN) * times[0] else 0
 
