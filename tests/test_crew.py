@@ -128,6 +128,24 @@ def test_an_interrupt_of_the_callers_part_leaves_the_crew_usable(shared):
     assert sorted(done) == list(range(8))
 
 
+def test_an_interrupt_before_the_callers_part_of_a_product_waits_for_the_others(shared, monkeypatch):
+    a, b, out = factors(300, 70, 90, "float32", (False, False))
+    expected = shared.gemm(a, b, out, 4).copy()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crew_module.kernels, "do_product", interrupted)
+        for _ in range(20):
+            with pytest.raises(KeyboardInterrupt):
+                shared.gemm(a, b, out, 4)
+            out[...] = 7
+            time.sleep(0.001)
+            assert (out == 7).all()
+    assert shared.gemm(a, b, out, 4).tobytes() == expected.tobytes()
+
+
 def test_within_a_part_and_from_another_thread_the_work_is_the_callers(shared):
     a, b, _ = factors(60, 40, 50, "float64", (False, False))
     outs = [np.ones((60, 50)) for _ in range(8)]

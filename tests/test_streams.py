@@ -750,6 +750,24 @@ def test_a_named_pipe_is_not_waited_for(tmp_path, arrays):
 # --- fingerprints ----------------------------------------------------------------------------------------------------
 
 
+def test_a_row_group_that_counts_other_rows_than_the_file_is_refused(tmp_path, arrays):
+    write_parquet(tmp_path / "a.parquet", *(part[:40] for part in arrays))
+    content, refused = (tmp_path / "a.parquet").read_bytes(), 0
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for at in range(footer, len(content) - 8):
+        if content[at] != 80:  # how 40 is written there
+            continue
+        for count in (-4, 39):
+            damaged = bytearray(content)
+            damaged[at] = 2 * count if count > 0 else -2 * count - 1
+            (tmp_path / "b.parquet").write_bytes(damaged)
+            try:
+                list(Stream(tmp_path / "b.parquet", target="y").pieces())
+            except (ValueError, BrokenData) as error:
+                refused += "other rows than it says" in str(error)
+    assert refused >= 3  # the row group's two counts and the file's 39; pyarrow refuses a file's −4 itself
+
+
 def test_a_fingerprint_tells_sets_apart_and_knows_a_copy(tmp_path, arrays):
     folder, names = write("npz", tmp_path / "set", arrays, 2)
     copy, _ = write("npz", tmp_path / "copy", arrays, 2)

@@ -88,9 +88,13 @@ class Crew:
                 self._base, self._job, function, a.T if ta else a, b.T if tb else b, out,
                 ta, tb, step, by_rows, self._next_ticket(), parts,
             )  # fmt: skip
-            if sleepers:
-                self._rouse(sleepers)
-            kernels.do_product(self._base, self._job, scalars, parts, self._give_way)
+            try:
+                if sleepers:
+                    self._rouse(sleepers)
+                kernels.do_product(self._base, self._job, scalars, parts, self._give_way)
+            except BaseException:  # an interrupt, before the product was begun here: nobody may write to ``out`` later
+                kernels.join(self._base, parts, self._give_way)
+                raise
         finally:
             self._busy.release()
         return out

@@ -67,6 +67,8 @@ def footer_of(pyarrow: Any, file: Path, stream: IO[bytes]) -> tuple[Any, list[An
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         rows = max(footer.num_rows, sum(group.num_rows for group in groups))
         unpacked = max(rows * len(schema.names) * 8, sum(group.total_byte_size for group in groups))
+    if any(group.num_rows < 0 for group in groups) or rows != footer.num_rows:
+        raise ValueError(f"{file}: cut short or not a valid Parquet file (its row groups have other rows than it says)")
     size = os.fstat(stream.fileno()).st_size
     check_unpacked(file, size, unpacked, "write it without compression and dictionaries")
     for name, kind in zip(schema.names, schema.types):
