@@ -164,7 +164,7 @@ def watched(ops: Any, clock: Any, device: str) -> Iterator[None]:
 
         return marked
 
-    place, name = _product(device)
+    place, name = _product(ops, device)
     product = getattr(place, name)
     replaced = {operation: marking(getattr(ops, operation), kind) for operation, kind in KINDS.items()}
     if device == "cuda":  # in one stream, since a clock follows one
@@ -180,10 +180,14 @@ def watched(ops: Any, clock: Any, device: str) -> Iterator[None]:
             delattr(ops, operation)
 
 
-def _product(device: str) -> tuple[Any, str]:
+def _product(ops: Any, device: str) -> tuple[Any, str]:
     """Where the matrix product of a device is to be found, with its epilogue where it has one."""
     if device == "cpu":
-        return np, "matmul"
+        if type(ops).__name__ == "NumpyOperations":
+            return np, "matmul"
+        from gpu_mlp.ops.crew import Crew
+
+        return Crew, "gemm"
     from gpu_mlp.ops import gemm, lt
 
     return (gemm.GEMM, "__call__") if gemm.binding().lt is None else (lt.Plan, "run")

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from gpu_mlp import MLP, Parallel, Trainer, optimizers
+from gpu_mlp.ops.interface import Slot
 from gpu_mlp.parallel import ranks
 
 BUCKETS = [1 << 18, 1 << 20, 1 << 22, 1 << 24]
@@ -51,6 +52,29 @@ def timed(trained: Trainer, x: Any, y: Any, steps: int) -> float:
     for _ in range(steps):
         cost = trained.step(x, y)
     float(cost)  # waits for the device
+    return time.perf_counter() - start
+
+
+def summed(trained: Trainer, sums: int) -> float:
+    """Seconds of so many sums of the gradient over the ranks, with nothing to compute meanwhile."""
+    reduction, state = trained._reduction, trained._state
+    assert reduction is not None
+    trained._g[...] = 0  # what is summed up again and again does not grow
+    start = time.perf_counter()
+    for _ in range(sums):
+        reduction.begin(0)
+        reduction.finish(state)
+    trained.net._ops.read_state(state, Slot.COST)  # waits for the device
+    return time.perf_counter() - start
+
+
+def updated(trained: Trainer, updates: int) -> float:
+    """Seconds of so many updates without a pass before them."""
+    trained._early = []
+    start = time.perf_counter()
+    for _ in range(updates):
+        trained._update()
+    trained.net._ops.read_state(trained._state, Slot.COST)
     return time.perf_counter() - start
 
 
@@ -93,20 +117,26 @@ def main() -> None:
     for each in trained.values():
         timed(each, x, y, 3)
     seconds: dict[str, list[float]] = {name: [] for name in ("alone", *trained)}
+    sums: dict[str, list[float]] = {name: [] for name in trained if name != "sharded"}
+    updates: list[float] = []
     for _ in range(chosen.rounds):
         asleep(us)
         if us.first:
             seconds["alone"].append(timed(alone, x, y, chosen.steps))
+            updates.append(updated(alone, chosen.steps))
         asleep(us)
         for name, each in trained.items():
             us.barrier()
             seconds[name].append(timed(each, x, y, chosen.steps))
+        for name, taken in sums.items():
+            us.barrier()
+            taken.append(summed(trained[name], chosen.steps))
     if us.first:
-        tell(us.size, chosen, seconds)
+        tell(us.size, chosen, seconds, {"sums": sums, "updates": updates})
 
 
-def tell(size: int, chosen: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    """The table, and the file."""
+def tell(size: int, chosen: argparse.Namespace, seconds: dict[str, list[float]], parts: dict[str, Any]) -> None:
+    """The table, and the file: every sample in seconds of ``steps`` steps, sums or updates."""
     rows = chosen.batch * chosen.steps
     print(
         f"{chosen.sizes.replace(',', '-')} at {chosen.batch}, {chosen.optimizer}, {chosen.precision}, {chosen.device}"
@@ -119,7 +149,7 @@ def tell(size: int, chosen: argparse.Namespace, seconds: dict[str, list[float]])
         median = statistics.median(taken)
         print(f"{name:<26} {median / chosen.steps * 1e3:>9.1f} {rows / median:>10.0f} {ratio:>11.3f}")
     if chosen.out is not None:
-        record = {**vars(chosen), "out": str(chosen.out), "ranks": size, "seconds": seconds}
+        record = {**vars(chosen), "out": str(chosen.out), "ranks": size, "seconds": seconds, **parts}
         chosen.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
