@@ -41,9 +41,9 @@ def smallest_array(sizes, batch, dtype=np.float32):
 def hardly_more(sizes, batch, dtype=np.float32):
     """Bytes of the smallest of all these and batch × outputs: what fits is a few numbers a sample, and no matrix.
 
-    And 2 KiB for the small objects that Python itself makes.
+    And 4 KiB for the small objects that Python itself makes.
     """
-    return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize) + 2048
+    return min(smallest_array(sizes, batch, dtype), batch * sizes[-1] * np.dtype(dtype).itemsize) + 4096
 
 
 def peak_of(run):
