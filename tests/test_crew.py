@@ -33,7 +33,12 @@ def shared(monkeypatch):
     """A crew of its own that hands out the smallest products."""
     monkeypatch.setattr(crew_module, "PART_FLOP", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    return Crew()
+    own = Crew()
+    yield own
+    own.dismiss()
+    for thread in own._threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 def factors(m, k, n, dtype, transposed):

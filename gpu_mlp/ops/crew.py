@@ -47,6 +47,7 @@ class Crew:
         self._most = max(1, (os.cpu_count() or 1) - 1)
         self._ticket = 0
         self._callers_processor = -1
+        self._dismissed = False
         self._busy = threading.Lock()
         self._wake = threading.Semaphore(0)
         self._threads: list[threading.Thread] = []
@@ -126,6 +127,12 @@ class Crew:
         if self._errors:
             raise min(self._errors, key=lambda found: found[0])[1]
 
+    def dismiss(self) -> None:
+        """Let the threads end; the crew is not used any more."""
+        self._dismissed = True
+        for _ in self._threads:
+            self._wake.release()
+
     def _next_ticket(self) -> int:
         """What tells this word from the last one that said the same."""
         self._ticket = (self._ticket + 1) & 0x7FFFFFFF
@@ -151,7 +158,7 @@ class Crew:
             self._threads[-1].start()
 
     def _serve(self) -> None:
-        while True:
+        while not self._dismissed:
             index = kernels.serve(
                 self._base, self._job, self._scalars[4], self._scalars[8], self._give_way, LOOKS
             )  # fmt: skip
