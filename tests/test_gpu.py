@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 
 import numpy as np
 import pytest
 from helpers import blobs
 from test_cuda import RULES
 
-from gpu_mlp import MLP, SGD, Adam, AdamW, ElasticNet, Trainer, precision
+from gpu_mlp import MLP, SGD, Adam, AdamW, ElasticNet, Parallel, Trainer, precision
 from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.losses import CrossEntropy
 from gpu_mlp.ops.interface import Layout, Slot
@@ -58,6 +59,19 @@ def test_the_cost_curve_is_the_cpus(precision):
 def test_ten_runs_give_one_hash(precision):
     hashes = {hashlib.sha256(run(precision=precision)[0].tobytes()).hexdigest() for _ in range(10)}
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(shard_optimizer=True), Parallel(bucket_bytes=1)], ids=str)
+def test_one_rank_on_nccl_has_the_bits_of_none(parallel, graph):
+    try:
+        importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:  # the second where mpi4py finds no MPI
+        pytest.skip(f"ranks need mpi4py and an MPI: {error}")
+    alone, history = run(rule=AdamW(), parallel=False, graph=graph)
+    summed, theirs = run(rule=AdamW(), parallel=parallel, graph=graph)
+    assert summed.tobytes() == alone.tobytes()
+    assert theirs["cost"] == history["cost"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
