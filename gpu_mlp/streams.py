@@ -472,5 +472,7 @@ class ReadAhead:
         """Stop reading, and wait for the reads that are under way."""
         for threads in (self._pool, self._herald):
             if threads is not None:
-                threads.shutdown(wait=True, cancel_futures=True)  # the tasks wait for nothing, so this ends
+                threads.shutdown(
+                    wait=True, cancel_futures=True
+                )  # a task waits for none that is begun later, so this ends
         self._pool, self._herald, self._window = None, None, range(0)

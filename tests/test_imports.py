@@ -54,7 +54,7 @@ LEANS = {  # of the leaves: what each may import of the package
     "losses": {"checks", "activations"},
     "optimizers": {"checks", "activations"},
     "ops.philox": set(),
-    "ops.choices": {"notices"},
+    "ops.choices": {"notices", "tensorfile"},
     "checks": set(),
     "failures": {"history"},
     "checkpoint": {"checks", "history", "tensorfile"},

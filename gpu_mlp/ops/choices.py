@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import tensorfile
 from ..notices import say_once
 
 FORMAT = "gpu_mlp gemms 1"
@@ -119,14 +119,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _write(path: Path, devices: dict[str, dict[str, Any]]) -> None:
     """Replace the file, whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "devices": devices}, file, indent=1, sort_keys=True)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    text = json.dumps({"format": FORMAT, "devices": devices}, indent=1, sort_keys=True)
+    tensorfile.write_bytes(path, text.encode())
 
 
 @contextmanager

@@ -180,7 +180,7 @@ class GEMM:
         except DeviceError:
             raise
         except Exception as error:
-            say_once(f"cublasLt cannot be used ({type(error).__name__}: {error}); cublasGemmEx takes its place")
+            _without_lt(error)
             library.lt = None
             return None, at, None
         finally:
@@ -251,7 +251,7 @@ class _Nvmath:
         try:
             return lt.Library(f"{properties['name'].decode()}, {launch.processors()} multiprocessors")
         except Exception as error:  # a library that is missing, or too old for the binding
-            say_once(f"cublasLt cannot be used ({type(error).__name__}: {error}); cublasGemmEx takes its place")
+            _without_lt(error)
             return None
 
 
@@ -285,6 +285,10 @@ class _CuPy:
             self._cublas.gemmEx(handle, *arguments)
         finally:
             self._cublas.setPointerMode(handle, before)
+
+
+def _without_lt(error: Exception) -> None:
+    say_once(f"cublasLt cannot be used ({type(error).__name__}: {error}); cublasGemmEx takes its place")
 
 
 _name = functools.cache(lambda dtype: dtype.name)  # which NumPy puts together each time

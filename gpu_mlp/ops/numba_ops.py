@@ -46,35 +46,6 @@ class NumbaOperations(NumpyOperations):
             return quiet(one_blas_thread(), self._sharing_passes(lanes))
         return quiet(one_blas_thread(), self._sharing_products(threads), self._sharing_passes(threads))
 
-    def affine_activation(
-        self,
-        h_in: Array,
-        W: Array,
-        b: Array,
-        f: Activation,
-        h: Array,
-        z: Array | None,
-        dropout: Dropout | None,
-        state: Array,
-        auxiliary: Any = None,
-    ) -> None:
-        self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
-
-    def input_gradient(
-        self,
-        gz: Array,
-        W: Array,
-        f: Activation,
-        saved: Array | None,
-        dropout: Dropout | None,
-        gz_in: Array,
-        gb: Array | None,
-        accumulate: bool,
-        state: Array,
-        auxiliary: Any = None,
-    ) -> None:
-        self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)
-
     def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
         crew().gemm(gz.T, h_in, gW, self._threads, beta=float(accumulate))
 
@@ -228,6 +199,9 @@ class NumbaOperations(NumpyOperations):
         )
 
     # --- inside ---
+
+    def _row_parts(self, rows: int, flop: int) -> list[slice]:
+        return [slice(0, rows)]  # the crew shares the product itself, and then the pass
 
     def _matmul(self, a: Array, b: Array, out: Array, threads: int = 1) -> Array:
         return crew().gemm(a, b, out, self._threads)

@@ -176,7 +176,8 @@ class NumpyOperations(Operations):
         state: Array,
         auxiliary: Any = None,
     ) -> None:
-        if self._threads < 2:
+        parts = self._row_parts(len(h), 2 * len(h) * W.size)
+        if len(parts) < 2:
             self._affine_activation(h_in, W, b, f, h, z, dropout, 0, state)
             return
 
@@ -184,7 +185,7 @@ class NumpyOperations(Operations):
             part = None if z is None else z[rows]
             self._affine_activation(h_in[rows], W, b, f, h[rows], part, dropout, rows.start, state)
 
-        sharing.for_each(sharing.row_parts(len(h), 2 * len(h) * W.size, self._threads), work, self._threads)
+        sharing.for_each(parts, work, self._threads)
 
     def _affine_activation(
         self,
@@ -290,10 +291,10 @@ class NumpyOperations(Operations):
         state: Array,
         auxiliary: Any = None,
     ) -> None:
-        if self._threads < 2:
+        parts = self._row_parts(len(gz), 2 * len(gz) * W.size)
+        if len(parts) < 2:
             self._input_gradient(gz, W, f, saved, dropout, 0, gz_in, gb, accumulate, state)
             return
-        parts = sharing.row_parts(len(gz), 2 * len(gz) * W.size, self._threads)
         sums = [gb, *(None if gb is None else np.empty_like(gb) for _ in parts[1:])]
 
         def work(i: int) -> None:
@@ -490,6 +491,10 @@ class NumpyOperations(Operations):
             yield
         finally:
             self._beside = before
+
+    def _row_parts(self, rows: int, flop: int) -> list[slice]:
+        """The rows of a layer in parts, each of which a thread takes through the product and the pass after it."""
+        return sharing.row_parts(rows, flop, self._threads)
 
     def _parts(self, shape: Sequence[int]) -> list[slice]:
         """The rows of a pass in parts, one a thread, where it is long enough."""
