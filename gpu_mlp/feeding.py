@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ops.interface import Array, Operations, Slot, Staging
+from .ops.interface import Array, Operations, Staging
 from .parallel.ranks import ALONE, Ranks
 from .streams import Order, ReadAhead
 
@@ -38,11 +38,11 @@ class Buffers:
 class Gathered:
     """The x of a minibatch, whose rows are gathered when they are asked for: by the thread that works on them.
 
-    For a device whose state can be read without waiting.
+    For a device whose lanes are threads. ``rows`` and ``state`` are those of `Operations.gather`.
     """
 
-    def __init__(self, ops: Operations, source: Array, rows: Array | None, out: Array, cursor: int) -> None:
-        self._ops, self._source, self._rows, self._out, self._cursor = ops, source, rows, out, cursor
+    def __init__(self, ops: Operations, source: Array, rows: Array | None, out: Array, state: Array) -> None:
+        self._ops, self._source, self._rows, self._out, self._state = ops, source, rows, out, state
         self.shape = out.shape
 
     def __len__(self) -> int:
@@ -51,13 +51,11 @@ class Gathered:
 
     def __getitem__(self, part: slice) -> Array:
         """Some of the rows, (rows, n_0), in the storage type."""
-        out = self._out[part]
-        first = self._cursor + part.indices(len(self))[0]
-        chosen = slice(first, first + len(out))
+        out, first = self._out[part], part.indices(len(self))[0]
         if self._rows is None:
-            self._ops.gather(self._source[chosen], None, out)
+            self._ops.gather(self._source[first:], None, out, self._state)
         else:
-            self._ops.gather(self._source, self._rows[chosen], out)
+            self._ops.gather(self._source, self._rows[first:], out, self._state)
         return out
 
 
@@ -101,6 +99,11 @@ class Resident:
         """What tells recordings apart: which arrays a minibatch is fetched from."""
         return self._rows is None
 
+    @property
+    def moving(self) -> tuple[Array, ...]:
+        """What a step reads and has elsewhere in the next epoch."""
+        return () if self._rows is None or self._rows is self._order else (self._rows,)
+
     def fetch(self, rows: int, state: Array) -> Parts:
         """The rows from the state's CURSOR on; queues operations alone."""
         x, y, w = self._buffers.first(rows)
@@ -109,7 +112,7 @@ class Resident:
             if source is not None:
                 self._ops.gather(source, self._rows, out, state)
         if not self._ops.waits:
-            return Gathered(self._ops, sources[0], self._rows, x, int(self._ops.read_state(state, Slot.CURSOR))), y, w
+            return Gathered(self._ops, sources[0], self._rows, x, state), y, w
         self._ops.gather(sources[0], self._rows, x, state)
         return x, y, w
 
@@ -120,6 +123,8 @@ class Streamed:
     While one is computed on, the next is gathered on the host and copied. x, y, w as in `Resident`, as NumPy arrays;
     memory maps too.
     """
+
+    moving: Parts | tuple[()] = ()
 
     def __init__(
         self,
@@ -269,6 +274,11 @@ class Single:
         for source, out in zip((x, y, w), self._batch):
             if source is not None:
                 self._ops.copy(source, out)
+
+    @property
+    def moving(self) -> tuple[Array, ...]:
+        """What a step reads and has elsewhere the next time."""
+        return () if self._buffers is not None else tuple(part for part in self._batch if part is not None)
 
     def again(self, back: int) -> tuple[int, int] | None:
         """The minibatch that was handed over last; None for one before it, which is gone."""

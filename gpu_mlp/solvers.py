@@ -262,7 +262,7 @@ class Descent(Trainer):
         if weighted:  # every batch has a penalty of its own, which a recording would have in it
             self._work_through(feed, rows)
         else:
-            self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
+            self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows), feed.moving)
         self.rounds += 1
 
     def _begin_cost(self, y: Array, w: Array | None, rows: int) -> None:

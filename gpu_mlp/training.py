@@ -159,7 +159,7 @@ class Trainer:
         self._forget_other_recipes()
         first = cursor + self.ranks.part(rows).start
         self.net._ops.begin_step(self._scheduled_rate(schedule), self.rounds, first, self._state)
-        self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows))
+        self._recorder.run((rows, feed.key), lambda: self._work_through(feed, rows), feed.moving)
         self.rounds += 1
 
     def _work_through(self, feed: Feed, rows: int) -> None:

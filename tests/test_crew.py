@@ -17,7 +17,9 @@ import threadpoolctl
 pytest.importorskip("numba", reason="without Numba there is no crew")
 
 from gpu_mlp.ops import crew as crew_module
-from gpu_mlp.ops.crew import PART_FLOP, Crew, crew
+from gpu_mlp.ops import jobs
+from gpu_mlp.ops.crew import Crew, crew
+from gpu_mlp.ops.jobs import PART_FLOP
 
 SHAPES = [(1, 1, 1), (33, 17, 65), (128, 300, 200), (1, 3000, 500), (500, 3000, 1), (200, 1, 300)]
 
@@ -31,7 +33,7 @@ def one_blas_thread():
 @pytest.fixture
 def shared(monkeypatch):
     """A crew of its own that hands out the smallest products."""
-    monkeypatch.setattr(crew_module, "PART_FLOP", 1)
+    monkeypatch.setattr(jobs, "PART_FLOP", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     own = Crew()
     yield own
@@ -137,12 +139,13 @@ def test_an_interrupt_before_the_callers_part_of_a_product_waits_for_the_others(
     a, b, out = factors(300, 70, 90, "float32", (False, False))
     expected = shared.gemm(a, b, out, 4).copy()
 
-    def interrupted(*arguments):
+    def interrupted(base):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(crew_module.kernels, "do_product", interrupted)
-        for _ in range(20):
+        patch.setattr(crew_module.kernels, "to_be_woken", interrupted)
+        for _ in range(5):
+            time.sleep(0.05)  # the others have fallen asleep
             with pytest.raises(KeyboardInterrupt):
                 shared.gemm(a, b, out, 4)
             out[...] = 7

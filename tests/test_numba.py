@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import threadpoolctl
 from scipy.special import ndtr
 
-from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Trainer, ops, precision
-from gpu_mlp.ops import numba_kernels, numpy_ops, philox
-from gpu_mlp.ops.interface import Dropout, Slot
+from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Trainer, activations, ops, precision
+from gpu_mlp.ops import jobs, numba_kernels, numpy_ops, philox, tape
+from gpu_mlp.ops.interface import Dropout, Layout, Slot
 from gpu_mlp.ops.numba_kernels import exp_of_negative, kernel, normal_tail
 from gpu_mlp.ops.numba_ops import NumbaOperations
 from gpu_mlp.ops.numpy_ops import NumpyOperations
@@ -73,17 +74,30 @@ def test_a_column_has_the_same_bits_in_every_place_of_a_vector():
     assert len(results) == 1
 
 
-@pytest.mark.parametrize("rule", [Adam(weight_decay=0.1), AdamW(), SGD(lr=0.1, weight_decay=0.1)], ids=repr)
-def test_an_update_has_the_same_bits_wherever_it_is_cut(rule):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Adam(weight_decay=0.1),
+        AdamW(),
+        SGD(lr=0.1, weight_decay=0.1),
+        SGD(momentum=0.9),
+        SGD(momentum=0.9, nesterov=True),
+    ],
+    ids=repr,
+)
+def test_an_update_has_the_same_bits_wherever_it_is_cut(rule, monkeypatch):
+    monkeypatch.setattr(jobs, "PASS_PART", 1)
     rng, work = np.random.default_rng(0), NumbaOperations(precision.get("float32"))
     theta, g = (rng.normal(size=3001).astype(np.float32) for _ in range(2))
     moments = [np.abs(rng.normal(size=3001)).astype(np.float32) for _ in rule.moments]
+    state = work.zeros(len(Slot), np.float64)
+    values = {Slot.LEARNING_RATE: 0.01, Slot.STEP: 2, Slot.LOSS_SCALE: 4, Slot.GRADIENT_NORM: 3}
+    work.write_state(state, values)
     results = set()
-    for cut in (0, 1, 7, 1500, 2999, 3001):
+    for threads in (1, 2, 3, 7, 600):
         t, m = theta.copy(), [moment.copy() for moment in moments]
-        for part in (slice(0, cut), slice(cut, 3001)):
-            c = rule.coefficients(0.01, 3)
-            work._apply(t[part], g[part], [moment[part] for moment in m], rule, c, L2(0.1), 4.0, 0.5)
+        with work._sharing_passes(threads):
+            work.update(t, g, m, rule, Layout([3000, 1], 4), 2000, L2(0.1), 1.5, None, state)
         results.add((t.tobytes(), *(moment.tobytes() for moment in m)))
     assert len(results) == 1
 
@@ -94,8 +108,18 @@ def test_dropout_draws_what_philox_draws(columns, seed, round_):
     work = NumbaOperations(precision.get("float32"))
     state = work.zeros(len(Slot), np.float64)
     work.write_state(state, {Slot.ROUND: round_})
-    h, dropout = np.ones((33, columns), np.float32), Dropout(0.3, seed, 2, 1000)
-    work._drop(h, dropout, 17, state)
+    h, dropout = np.empty((33, columns), np.float32), Dropout(0.3, seed, 2, 1017)
+    ones = np.ones((33, 1), np.float32)
+    work.affine_activation(
+        ones,
+        np.ones((columns, 1), np.float32),
+        np.zeros(columns, np.float32),
+        activations.get("relu", "f"),
+        h,
+        None,
+        dropout,
+        state,
+    )
     kept = philox.bits(seed, 2, round_, 1017, h.shape) < philox.keep_threshold(0.3)
     np.testing.assert_array_equal(h != 0, kept)
     assert set(np.unique(h)) <= {np.float32(0), np.float32(1 / numpy_ops.keep_probability(dropout))}
@@ -206,16 +230,18 @@ def test_threads_give_the_same_bits_every_time(numba, lanes, monkeypatch):
 
 
 def test_an_error_in_a_lane_comes_out_and_the_trainer_goes_on(monkeypatch):
-    trainer, _ = trained(lambda rows: (2, 350), monkeypatch)
+    trainer, _ = trained(lambda rows: (2, 350), monkeypatch, activation="silu")  # which no job knows
     x, y = problem()
 
     def fail(*arguments):
         raise KeyError("from a lane")
 
     with monkeypatch.context() as patch:
-        patch.setattr(numba_kernels, "relu_gradient", fail)
+        patch.setattr(NumpyOperations, "input_gradient", fail)
+        trainer._recorder.clear()
         with pytest.raises(KeyError, match="from a lane"):
             trainer.step(x, y)
+    trainer._recorder.clear()
     assert np.isfinite(float(trainer.step(x, y)))
 
 
@@ -249,3 +275,84 @@ def test_a_step_that_the_crew_shares_is_the_step_of_one_thread(rule, monkeypatch
     alone, again = trained(lambda rows: (1, rows), monkeypatch, optimizer=rule)
     np.testing.assert_allclose(again, costs, rtol=1e-12)
     np.testing.assert_allclose(shared.net.theta, alone.net.theta, rtol=1e-9, atol=1e-11)
+
+
+# --- steps that are written down ----------------------------------------------------------------------------------
+
+TAPES = {
+    "sgd": {"optimizer": SGD(lr=0.1)},
+    "adam, L2, gelu, dropout": {"activation": "gelu", "dropout": 0.3, "regularizer": L2(1e-3)},
+    "momentum, no job for f": {"activation": "silu", "optimizer": SGD(lr=0.1, momentum=0.9)},
+    "clipped, averaged, weighted": {"clip_norm": 0.1, "average": EMA(0.9)},
+    "micro-batches": {"accumulate": 3, "optimizer": "lion"},
+    "lanes": {"lanes": lambda rows: (2, min(200, rows))},
+    "lanes, no job for f": {"lanes": lambda rows: (2, min(200, rows)), "activation": "tanh", "dropout": 0.2},
+}
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", TAPES.values(), ids=TAPES)
+def test_a_step_that_is_replayed_has_the_bits_of_one_that_is_not(options, dtype, monkeypatch):
+    options = {"lanes": None, **options}
+    replayed, costs = trained(monkeypatch=monkeypatch, dtype=dtype, **options)
+    plain, again = trained(monkeypatch=monkeypatch, dtype=dtype, graph=False, **options)
+    assert costs == again
+    assert replayed.net.theta.tobytes() == plain.net.theta.tobytes()
+    assert len(replayed._recorder._tapes) == 1
+    assert not hasattr(plain._recorder, "_tapes")
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_a_replayed_step_reads_the_batch_that_it_is_given(activation):
+    """Batches that lie elsewhere every time, in other types and orders, of other lengths, and in one array."""
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(size=(rows, 8)), rng.integers(0, 8, rows)) for rows in (32, 32, 7, 32, 7)]
+    batches[1] = (np.asfortranarray(batches[1][0]), batches[1][1].astype(np.int8))
+    trainers = []
+    for graph in (None, False):
+        trainers.append(Trainer(MLP([8, 16, 8], activation, "softmax", precision="float32"), graph=graph))
+        for x, y in batches:
+            trainers[-1].step(x.astype(np.float32), y)
+    assert trainers[0].net.theta.tobytes() == trainers[1].net.theta.tobytes()
+    coders = [Trainer(MLP([8, 16, 8], precision="float32"), graph=graph) for graph in (None, False)]
+    for coder in coders:
+        for i, (x, _) in enumerate(batches):
+            x = x.astype(np.float32)
+            coder.step(x, x if i < 2 else -x)
+    assert coders[0].net.theta.tobytes() == coders[1].net.theta.tobytes()
+
+
+def test_a_fit_replays_its_steps_over_the_epochs():
+    x, y = problem()
+    fitted = []
+    for graph in (None, False):
+        trainer = Trainer(MLP(SIZES, "relu", "softmax"), optimizer=Adam(lr=1e-2), graph=graph)
+        trainer.fit((x, y), epochs=3, batch_size=64)
+        fitted.append(trainer.net.theta.tobytes())
+    assert fitted[0] == fitted[1]
+
+
+def test_another_thread_may_predict_while_a_step_is_written_down():
+    x, y = problem()
+    net = MLP(SIZES, "relu", "softmax")
+    trainer, expected, found = Trainer(net, optimizer=SGD(lr=1e-9)), net.forward(x), []
+    work = trainer._work_through
+
+    def interrupted(*arguments):
+        other = threading.Thread(target=lambda: found.append(net.forward(x)))
+        other.start()
+        other.join()
+        work(*arguments)
+
+    trainer._work_through = interrupted
+    trainer.step(x, y)
+    np.testing.assert_array_equal(found[0], expected)
+
+
+def test_a_recorder_keeps_no_more_than_so_many_steps():
+    trainer = Trainer(MLP([3, 2], output="softmax"))
+    for rows in range(tape.MOST_TAPES + 5, 0, -1):  # a longer batch has buffers of its own
+        trainer.step(np.ones((rows, 3)), np.zeros(rows, int))
+    assert len(trainer._recorder._tapes) == tape.MOST_TAPES
+    trainer.step(np.ones((0, 3)), np.zeros(0, int))

@@ -1,13 +1,12 @@
-"""Threads that stay awake between the parts of a step: they share matrix products, and whatever else is cut into parts.
+"""Threads that stay awake between the parts of a step: they share its jobs, and whatever else is cut into parts.
 
-Leans on `crew_kernels`, and on the BLAS that SciPy has, called on one thread for each part. To wake a thread that
-sleeps takes a tenth of a millisecond, as long as a small product; so ours look for work for half a millisecond before
-they fall asleep, without Python's lock and giving way to any other program. A BLAS has such threads too, but its
-products wait for the slowest of them: beside two other programs on two processors one of 0.7 ms was seen to take 40 ms
-on average, and 2.6 ms here.
+Leans on `crew_kernels`, and on `jobs` for products. To wake a thread that sleeps takes a tenth of a millisecond, as
+long as a small product; so ours look for work for half a millisecond before they fall asleep, without Python's lock and
+giving way to any other program. A BLAS has such threads too, but its products wait for the slowest of them, and what
+comes between two products has to wake others.
 
-The parts of a product are a function of its shape and the number of threads, whoever comes to do them: the same bits
-every time.
+The parts of a job are a function of its shape and the number of threads, whoever comes to do them: the same bits every
+time.
 """
 
 from __future__ import annotations
@@ -20,14 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numba.extending import get_cython_function_address
 from numpy.typing import NDArray
 
 from . import crew_kernels as kernels
-from . import sharing
+from . import jobs, sharing
 
-PART_FLOP = 1_000_000  # a part of fewer operations costs more to hand out than it saves
-ROW_MULTIPLE = 16  # parts end at a multiple of what a BLAS kernel takes at once
 LOOKS = 50_000  # for work, before a thread falls asleep: half a millisecond
 
 
@@ -41,11 +37,9 @@ class Crew:
         room = np.zeros(kernels.SIZE + 16, np.int64)
         start = -room.ctypes.data % 128 // 8
         self._control = room[start : start + kernels.SIZE]  # keeps the memory
-        self._base, self._job = self._control.ctypes.data, self._control[kernels.JOB :]
-        self._scalars: dict[int, NDArray[Any]] = {4: np.ones(2, np.float32), 8: np.ones(2, np.float64)}  # alpha, beta
+        self._base = self._control.ctypes.data
         self._give_way = _address_of_yield()
         self._most = max(1, (os.cpu_count() or 1) - 1)
-        self._ticket = 0
         self._callers_processor = -1
         self._dismissed = False
         self._busy = threading.Lock()
@@ -53,6 +47,29 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._work: Callable[[int], object] = _nothing
         self._errors: list[tuple[int, BaseException]] = []
+
+    def do(self, work: Sequence[jobs.Job]) -> None:
+        """Do some jobs, one after the other. Their BLAS is limited to one thread, or the parts would have several."""
+        self.run(jobs.program(work), max(job.parts for job in work))
+
+    def run(self, program: NDArray[np.int64], parts: int) -> None:
+        """Do the jobs of a program, of which none has more than so many parts."""
+        if parts < 2 or not self._busy.acquire(blocking=False):
+            kernels.run_alone(program)
+            return
+        try:
+            self._enlist(parts - 1)
+            at = offered = 0
+            try:
+                while (at := kernels.run(self._base, program, at, offered, self._give_way)) < len(program):
+                    offered = 1
+                    if sleepers := kernels.to_be_woken(self._base):
+                        self._rouse(sleepers)
+            except BaseException:  # an interrupt with a job on offer: nobody may write to its arrays later
+                kernels.join(self._base, self._give_way)
+                raise
+        finally:
+            self._busy.release()
 
     def gemm(
         self,
@@ -67,37 +84,9 @@ class Crew:
 
         All float32, or all float64. BLAS is limited to one thread, or the parts would have several each.
         """
-        (m, n), k = out.shape, a.shape[1]
-        if not (m and n and k):
+        if not (out.size and a.size):
             return np.multiply(out, beta, out=out) if beta else np.matmul(a, b, out=out)
-        ta, tb = not a.flags.c_contiguous, not b.flags.c_contiguous
-        function, parts = _GEMM_OF_BLAS[out.itemsize], min(threads, 2 * m * n * k // PART_FLOP)
-        if parts < 2 or not self._busy.acquire(blocking=False):
-            if alpha == 1 and beta == 0:
-                return np.matmul(a, b, out=out)
-            numbers = out.dtype.type(alpha), out.dtype.type(beta)
-            kernels.whole_product(function, a.T if ta else a, b.T if tb else b, out, ta, tb, *numbers)
-            return out
-        try:
-            by_rows = m >= n
-            length = m if by_rows else n
-            step = -(-length // (parts * ROW_MULTIPLE)) * ROW_MULTIPLE
-            parts, scalars = -(-length // step), self._scalars[out.itemsize]
-            scalars[0], scalars[1] = alpha, beta
-            self._enlist(parts - 1)
-            sleepers = kernels.offer_product(
-                self._base, self._job, function, a.T if ta else a, b.T if tb else b, out,
-                ta, tb, step, by_rows, self._next_ticket(), parts,
-            )  # fmt: skip
-            try:
-                if sleepers:
-                    self._rouse(sleepers)
-                kernels.do_product(self._base, self._job, scalars, parts, self._give_way)
-            except BaseException:  # an interrupt, before the product was begun here: nobody may write to ``out`` later
-                kernels.join(self._base, parts, self._give_way)
-                raise
-        finally:
-            self._busy.release()
+        self.do([jobs.product(a, b, out, threads, alpha, beta)])
         return out
 
     def for_each(self, blocks: Sequence[Any], work: Callable[[Any], object], threads: int) -> None:
@@ -105,7 +94,7 @@ class Crew:
 
         What the calls write must not overlap; of floating-point errors they say nothing.
         """
-        parts = min(threads, len(blocks))
+        parts = min(threads, len(blocks), kernels.MOST_PARTS)
         if parts < 2 or not self._busy.acquire(blocking=False):
             sharing.for_each(blocks, work, 1)
             return
@@ -113,14 +102,14 @@ class Crew:
             self._errors.clear()
             self._work = lambda index: sharing.in_turn(blocks[index::parts], work)
             self._enlist(parts - 1)
-            sleepers = kernels.publish(self._base, self._next_ticket(), parts, True)
+            kernels.publish(self._base, 0, 0, parts, True)
             try:
-                if sleepers:
+                if sleepers := kernels.to_be_woken(self._base):
                     self._rouse(sleepers)
                 while (index := kernels.claim(self._base)) >= 0:
                     self._work(index)
             finally:  # also when interrupted: whoever comes next may write to the same arrays
-                kernels.join(self._base, parts, self._give_way)
+                kernels.join(self._base, self._give_way)
                 self._work = _nothing
         finally:
             self._busy.release()
@@ -132,11 +121,6 @@ class Crew:
         self._dismissed = True
         for _ in self._threads:
             self._wake.release()
-
-    def _next_ticket(self) -> int:
-        """What tells this word from the last one that said the same."""
-        self._ticket = (self._ticket + 1) & 0x7FFFFFFF
-        return self._ticket
 
     def _rouse(self, sleepers: int) -> None:
         self._callers_processor = _processor()
@@ -159,9 +143,7 @@ class Crew:
 
     def _serve(self) -> None:
         while not self._dismissed:
-            index = kernels.serve(
-                self._base, self._job, self._scalars[4], self._scalars[8], self._give_way, LOOKS
-            )  # fmt: skip
+            index = kernels.serve(self._base, self._give_way, LOOKS)
             if index == kernels.ASLEEP_NOW:
                 self._wake.acquire()
                 self._leave_the_callers_processor()
@@ -178,18 +160,6 @@ def _nothing(index: int) -> None:
     """No work."""
 
 
-def _blas_address(name: str) -> int:
-    """The address of a BLAS function of SciPy's; ImportError where its integers are not of 32 bits."""
-    from scipy.linalg import cython_blas
-
-    told = ctypes.pythonapi.PyCapsule_GetName
-    told.restype, told.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    signature = told(cython_blas.__pyx_capi__[name]) or b""
-    if signature.count(b"int *") != 6 and signature.count(b"int32_t *") != 6:
-        raise ImportError(f"{name} of SciPy takes other integers than expected: {signature.decode()}")
-    return int(get_cython_function_address("scipy.linalg.cython_blas", name))
-
-
 def _address_of_yield() -> int:
     """The address of the system's function that lets other threads run."""
     if sys.platform == "win32":
@@ -204,7 +174,6 @@ def _processor() -> int:
     return int(_GETCPU()) if _GETCPU is not None else -1
 
 
-_GEMM_OF_BLAS = {4: _blas_address("sgemm"), 8: _blas_address("dgemm")}  # by the bytes of a number
 _GETCPU = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 _crew: Crew | None = None
 

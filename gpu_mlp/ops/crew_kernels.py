@@ -1,7 +1,8 @@
-"""What the crew's threads do without Python's lock: look for parts of work, take them, and multiply matrices.
+"""What the crew's threads do without Python's lock: look for parts of jobs, take them, and do them.
 
-A leaf: Numba, and the address of a BLAS. What is handed out is one number in memory, the *word*, which says how many
-parts there are and how many are taken; the *job* beside it describes a product. `crew` has the threads.
+A leaf: Numba. A *job* is a compiled function, the address of a record of its arguments, and a number of parts: part i
+is ``function(record, i)``. What is handed out is one number in memory, the *word*, which says how many parts there are
+and how many are taken; beside it stands whose they are. `crew` has the threads, `jobs` the functions.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ BETWEEN = 64  # looks for work, until a thread gives way to whoever else wants i
 ASLEEP_NOW, LOOK_AGAIN = -1, -2
 
 # Where in the control block what stands: numbers that different threads write lie 128 bytes apart.
-DONE, SLEEPERS, OWN, JOB, SIZE = 16, 32, 40, 48, 64  # the word itself is at 0; OWN: parts that the caller has taken
-# The word: 32 bits of ticket, 1 whether parts are calls of Python, 15 bits of parts, 16 bits of parts taken.
-CALLS = 1 << 31
-# The job: the words that describe a product.
-_GEMM, _ITEM, _M, _N, _K, _A, _LDA, _TA, _B, _LDB, _TB, _C, _LDC, _STEP, _BY_ROWS = range(15)
+DONE, SLEEPERS, OWN, FUNCTION, RECORD, TICKET, SIZE = 16, 32, 48, 49, 50, 51, 64  # the word itself is at 0
+# OWN: parts that the caller has taken; TICKET: what tells a word from the last one that said the same.
+# The word: 32 bits of ticket, 1 whether parts are calls of Python, 11 of parts, 10 of those that others have taken,
+# from the last one down, and 10 of those that the caller has, from the first one up: who did a part of the last job has
+# in its cache what the same part of the next one reads.
+CALLS, PARTS, OTHERS, MOST_PARTS = 1 << 31, 20, 10, (1 << 10) - 1
 
 intrinsic: Any = extending.intrinsic  # what it makes is called with one argument fewer than its definition has
 _COMPILED: dict[str, Any] = {"nogil": True, "cache": True}
@@ -122,37 +124,58 @@ def blas_gemm(typing, address, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, 
     return types.void(*before, real, *[integer] * 4, real, integer, integer), code
 
 
+@intrinsic
+def blas_dot(typing, address, n, like, x):
+    """Σ x² of ``n`` numbers at the address ``x`` by ?dot of BLAS, of the type of ``like``."""
+
+    def code(context, builder, signature, arguments):
+        function, count, like, where = arguments
+        integer, real = ir.IntType(32), like.type
+        n = cgutils.alloca_once_value(builder, builder.trunc(count, integer))
+        one = cgutils.alloca_once_value(builder, ir.Constant(integer, 1))
+        x = builder.inttoptr(where, real.as_pointer())
+        kinds = [integer.as_pointer(), real.as_pointer(), integer.as_pointer(), real.as_pointer(), integer.as_pointer()]
+        kind = ir.FunctionType(real, kinds).as_pointer()
+        return builder.call(builder.inttoptr(function, kind), [n, x, one, x, one])
+
+    return like(types.int64, types.int64, like, types.int64), code
+
+
+@intrinsic
+def invoke(typing, function, record, index):
+    """Call the compiled function at an address with a record's address and the number of a part."""
+
+    def code(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [_int64, _int64]).as_pointer()
+        builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def pointer(typing, address):
+    """An address as what `numba.carray` takes."""
+
+    def code(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], _pointer)
+
+    return types.voidptr(types.int64), code
+
+
 # --- compiled ------------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always", **_COMPILED)
-def do_part(job, scalars, index):
-    """Part ``index`` of the product: some rows of C, or some columns. BLAS is column-major: C in C order is Cᵀ = Bᵀ Aᵀ
-    in its eyes, so the factors change places. scalars: alpha, beta."""
-    m, n, a, b, c, size = job[_M], job[_N], job[_A], job[_B], job[_C], job[_ITEM]
-    first = index * job[_STEP]
-    if job[_BY_ROWS]:
-        m = min(job[_STEP], m - first)
-        a += first * size * (1 if job[_TA] else job[_LDA])
-        c += first * size * job[_LDC]
-    else:
-        n = min(job[_STEP], n - first)
-        b += first * size * (job[_LDB] if job[_TB] else 1)
-        c += first * size
-    ta, tb = np.int64(84 if job[_TA] else 78), np.int64(84 if job[_TB] else 78)  # T, N
-    blas_gemm(
-        job[_GEMM], tb, ta, n, m, job[_K], scalars[0], b, job[_LDB], a, job[_LDA], scalars[1], c, job[_LDC]
-    )  # fmt: skip
+def parts_of(word):
+    """How many parts there are."""
+    return (word >> PARTS) & 0x7FF
 
 
-@njit(**_COMPILED)
-def whole_product(function, a, b, c, ta, tb, alpha, beta):
-    """C ← α op(A) op(B) + β C on this thread; α, β of the arrays' type."""
-    k, letters = a.shape[0] if ta else a.shape[1], (np.int64(78), np.int64(84))  # N, T
-    blas_gemm(
-        function, letters[np.int64(tb)], letters[np.int64(ta)], c.shape[1], c.shape[0], k, alpha,
-        b.ctypes.data, b.shape[1], a.ctypes.data, a.shape[1], beta, c.ctypes.data, c.shape[1],
-    )  # fmt: skip
+@njit(inline="always", **_COMPILED)
+def left(word):
+    """How many parts nobody has taken yet."""
+    return parts_of(word) - ((word >> OTHERS) & MOST_PARTS) - (word & MOST_PARTS)
 
 
 @njit(**_COMPILED)
@@ -160,19 +183,19 @@ def claim(base):
     """The number of a part that nobody has taken yet, or -1; for the caller, to whom it is counted."""
     while True:
         word = load(base)
-        if word & 0xFFFF >= (word >> 16) & 0x7FFF:
+        if left(word) <= 0:
             return np.int64(-1)
         if replace(base, word, word + 1):
             add(base + 8 * OWN, np.int64(1))
-            return word & 0xFFFF
+            return word & MOST_PARTS
 
 
 @njit(**_COMPILED)
-def join(base, parts, give_way):
+def join(base, give_way):
     """Take what is left without doing it, and wait until all that others have taken is done."""
     while claim(base) >= 0:
         pass
-    looks = 0
+    looks, parts = 0, parts_of(load(base))
     while load(base + 8 * DONE) + load(base + 8 * OWN) < parts:
         looks += 1
         if looks % BETWEEN == 0:
@@ -180,50 +203,68 @@ def join(base, parts, give_way):
 
 
 @njit(**_COMPILED)
-def publish(base, ticket, parts, calls):
-    """Offer parts to whoever looks; how many are asleep and to be woken."""
+def publish(base, function, record, parts, calls):
+    """Offer parts to whoever looks."""
     store(base + 8 * DONE, np.int64(0))
     store(base + 8 * OWN, np.int64(0))
-    store(base, (ticket << 32) | (CALLS if calls else 0) | (parts << 16))
-    return exchange(base + 8 * SLEEPERS, np.int64(0)) if load(base + 8 * SLEEPERS) else np.int64(0)
+    store(base + 8 * FUNCTION, function)
+    store(base + 8 * RECORD, record)
+    ticket = (load(base + 8 * TICKET) + 1) & 0x7FFFFFFF
+    store(base + 8 * TICKET, ticket)
+    store(base, (ticket << 32) | (CALLS if calls else 0) | (parts << PARTS))
 
 
 @njit(**_COMPILED)
-def offer_product(base, job, function, a, b, c, ta, tb, step, by_rows, ticket, parts):
-    """Offer the parts of C = α op(A) op(B) + β C; how many are asleep and to be woken."""
-    job[_GEMM], job[_ITEM] = function, c.itemsize
-    job[_M], job[_N], job[_K] = c.shape[0], c.shape[1], a.shape[0] if ta else a.shape[1]
-    job[_A], job[_LDA], job[_TA] = a.ctypes.data, a.shape[1], ta
-    job[_B], job[_LDB], job[_TB] = b.ctypes.data, b.shape[1], tb
-    job[_C], job[_LDC], job[_STEP], job[_BY_ROWS] = c.ctypes.data, c.shape[1], step, by_rows
-    return publish(base, ticket, parts, False)
+def to_be_woken(base):
+    """How many threads have fallen asleep; they are counted out."""
+    return exchange(base + 8 * SLEEPERS, np.int64(0))
 
 
 @njit(**_COMPILED)
-def do_product(base, job, scalars, parts, give_way):
-    """Do the parts that nobody else takes, and wait for the others."""
-    while True:
-        index = claim(base)
-        if index < 0:
-            break
-        do_part(job, scalars, index)
-    join(base, parts, give_way)
+def run(base, program, first, offered, give_way):
+    """Do the jobs of a program, (jobs, 3): function, record, parts; from number ``first`` on, one after the other.
+
+    The number of a job that has been offered while threads are asleep, for the caller to wake them and to come back
+    with ``offered``; else the number of jobs.
+    """
+    for i in range(first, program.shape[0]):
+        function, record, parts = program[i, 0], program[i, 1], program[i, 2]
+        if parts < 2:
+            invoke(function, record, np.int64(0))
+            continue
+        if not (offered and i == first):
+            publish(base, function, record, parts, False)
+            if load(base + 8 * SLEEPERS):
+                return i
+        while True:
+            index = claim(base)
+            if index < 0:
+                break
+            invoke(function, record, index)
+        join(base, give_way)
+    return program.shape[0]
 
 
 @njit(**_COMPILED)
-def serve(base, job, singles, doubles, give_way, looks):
-    """Do parts of products as they come; the number of a part that is a call, or why there is none."""
+def run_alone(program):
+    """Do all parts of a program's jobs on this thread."""
+    for i in range(program.shape[0]):
+        for index in range(program[i, 2]):
+            invoke(program[i, 0], program[i, 1], np.int64(index))
+
+
+@njit(**_COMPILED)
+def serve(base, give_way, looks):
+    """Do parts of jobs as they come; the number of a part that is a call of Python, or why there is none."""
     idle = 0
     while idle < looks:
         word = load(base)
-        if word & 0xFFFF < (word >> 16) & 0x7FFF:
-            if replace(base, word, word + 1):
+        if left(word) > 0:
+            if replace(base, word, word + (1 << OTHERS)):
+                index = parts_of(word) - 1 - ((word >> OTHERS) & MOST_PARTS)
                 if word & CALLS:
-                    return word & 0xFFFF
-                if job[_ITEM] == 4:
-                    do_part(job, singles, word & 0xFFFF)
-                else:
-                    do_part(job, doubles, word & 0xFFFF)
+                    return index
+                invoke(load(base + 8 * FUNCTION), load(base + 8 * RECORD), index)
                 add(base + 8 * DONE, np.int64(1))
             idle = 0
         else:
@@ -232,7 +273,7 @@ def serve(base, job, singles, doubles, give_way, looks):
                 call(give_way)
     add(base + 8 * SLEEPERS, np.int64(1))
     word = load(base)
-    return np.int64(LOOK_AGAIN if word & 0xFFFF < (word >> 16) & 0x7FFF else ASLEEP_NOW)
+    return np.int64(LOOK_AGAIN if left(word) > 0 else ASLEEP_NOW)
 
 
 @njit(**_COMPILED)

@@ -6,12 +6,12 @@ next lies in device memory (the state); the addresses may not change, so a recor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from ..notices import say_once
 from . import gemm, search
-from .interface import Recorder
+from .interface import Array, Recorder
 from .launch import device_error
 
 MOST_GRAPHS = 32  # of one recorder; a user who sends ever new batch sizes gets plain launches beyond
@@ -33,7 +33,7 @@ class GraphRecorder(Recorder):
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[Any, Any]] = {}
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+    def run(self, key: Hashable, work: Callable[[], None], moving: Sequence[Array] = ()) -> None:
         if key in self._graphs:
             self._launch(self._graphs[key][0])
             return

@@ -123,10 +123,10 @@ class Recorder:
     The work only queues operations on arrays that stay where they are: what changes is in the state.
     """
 
-    replays = False  # whether work is replayed, so that its arrays have to stay where they are
+    replays = False  # whether work is replayed as it is, so that all its arrays have to stay where they are
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do the work."""
+    def run(self, key: Hashable, work: Callable[[], None], moving: Sequence[Array] = ()) -> None:
+        """Do the work. moving: arrays that it reads and that lie elsewhere the next time; none where it is replayed."""
         work()
 
     def clear(self) -> None:

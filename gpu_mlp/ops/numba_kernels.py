@@ -1,9 +1,9 @@
 """The passes that a CPU spends its time in beside the GEMMs, each one loop that LLVM makes into vector code.
 
-A leaf: Numba and NumPy. `numba_ops` calls them in the place of the NumPy reference's passes, which read and write their
-arrays once an operation; these do so once. They hold no lock, so that several threads run them side by side; what is
-written once is compiled at its first call and kept on the disk. Arrays are C-order, (rows, n) or flat, all of one type;
-sums over rows run in parts of `ROWS` rows, which are then added: a fixed order, whatever the number of threads.
+A leaf: Numba and NumPy. `jobs` calls them in the place of the NumPy reference's passes, which read and write their
+arrays once an operation; these do so once. They hold no lock, so that several threads run them side by side. Arrays are
+C-order, (rows, n) or flat, all of one type; of a part of the columns they are seen as long as a whole row. Sums over
+rows are added to what stands there.
 
 Multiplications and additions may be contracted into one instruction, as nvcc does it; nothing else is rearranged.
 """
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-ROWS = 64  # of one part of a sum over rows
 _COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 _f4, _i4, _u8 = np.float32, np.int32, np.uint64
 
@@ -76,31 +75,44 @@ def normal_tail(a, density):
 
 @kernel
 def bias(z, b):
-    """z ← z + b. z: (rows, n); b: (n,)."""
+    """z ← z + b. z: (rows, ≥ n); b: (n,)."""
     for i in range(z.shape[0]):
-        for j in range(z.shape[1]):
+        for j in range(b.size):
             z[i, j] += b[j]
 
 
 @kernel
 def bias_relu(z, b):
-    """z ← relu(z + b), which leaves a NaN a NaN. z: (rows, n); b: (n,)."""
+    """z ← relu(z + b), which leaves a NaN a NaN. z: (rows, ≥ n); b: (n,)."""
     zero = z.dtype.type(0)
     for i in range(z.shape[0]):
-        for j in range(z.shape[1]):
+        for j in range(b.size):
             s = z[i, j] + b[j]
             z[i, j] = zero if s <= zero else s
 
 
 @kernel
 def bias_gelu(z, b, h):
-    """z ← z + b, h = z Φ(z). z, h: (rows, n) float32; b: (n,)."""
+    """z ← z + b, h = z Φ(z). z, h: (rows, ≥ n) float32; b: (n,)."""
     for i in range(z.shape[0]):
-        for j in range(z.shape[1]):
+        for j in range(b.size):
             s = z[i, j] + b[j]
             z[i, j] = s
             tail = normal_tail(abs(s), exp_of_negative(_f4(-0.5) * s * s))
             h[i, j] = s * (tail if s < 0 else _f4(1) - tail)
+
+
+@kernel
+def bias_gelu_slope(z, b, h):
+    """h = s Φ(s) and z ← f′(s) = Φ(s) + s φ(s), s = z + b, φ the normal density. z, h: (rows, ≥ n) float32; b: (n,)."""
+    for i in range(z.shape[0]):
+        for j in range(b.size):
+            s = z[i, j] + b[j]
+            density = exp_of_negative(_f4(-0.5) * s * s)
+            tail = normal_tail(abs(s), density)
+            below = tail if s < 0 else _f4(1) - tail
+            h[i, j] = s * below
+            z[i, j] = below + _f4(0.3989422804014327) * density * s
 
 
 # --- backward: gz = gh ⊙ f′ over gh, and its column sums -----------------------------------------------------------
@@ -108,49 +120,44 @@ def bias_gelu(z, b, h):
 
 @kernel
 def column_sums(g, gb):
-    """gb ← gb + Σ_rows g. g: (rows, n); gb: (n,)."""
-    part = np.empty_like(gb)
-    for start in range(0, g.shape[0], ROWS):
-        part[:] = 0
-        for i in range(start, min(start + ROWS, g.shape[0])):
-            for j in range(g.shape[1]):
-                part[j] += g[i, j]
-        for j in range(g.shape[1]):
-            gb[j] += part[j]
+    """gb ← gb + Σ_rows g. g: (rows, ≥ n); gb: (n,)."""
+    for i in range(g.shape[0]):
+        for j in range(gb.size):
+            gb[j] += g[i, j]
 
 
 @kernel
 def relu_gradient(g, h, scale, gb):
-    """g ← scale · g where h > 0, else 0; gb ← gb + Σ_rows g. g, h: (rows, n); gb: (n,)."""
+    """g ← scale · g where h > 0, else 0; gb ← gb + Σ_rows g. g, h: (rows, ≥ n); gb: (n,)."""
     zero = g.dtype.type(0)
-    part = np.empty_like(gb)
-    for start in range(0, g.shape[0], ROWS):
-        part[:] = 0
-        for i in range(start, min(start + ROWS, g.shape[0])):
-            for j in range(g.shape[1]):
-                gz = g[i, j] * scale if h[i, j] > zero else zero
-                g[i, j] = gz
-                part[j] += gz
-        for j in range(g.shape[1]):
-            gb[j] += part[j]
+    for i in range(g.shape[0]):
+        for j in range(gb.size):
+            gz = g[i, j] * scale if h[i, j] > zero else zero
+            g[i, j] = gz
+            gb[j] += gz
 
 
 @kernel
 def gelu_gradient(g, z, gb):
-    """g ← g (Φ(z) + z φ(z)), φ the normal density; gb ← gb + Σ_rows g. g, z: (rows, n) float32; gb: (n,)."""
-    part = np.empty_like(gb)
-    for start in range(0, g.shape[0], ROWS):
-        part[:] = 0
-        for i in range(start, min(start + ROWS, g.shape[0])):
-            for j in range(g.shape[1]):
-                s = z[i, j]
-                density = exp_of_negative(_f4(-0.5) * s * s)
-                tail = normal_tail(abs(s), density)
-                gz = g[i, j] * ((tail if s < 0 else _f4(1) - tail) + _f4(0.3989422804014327) * density * s)
-                g[i, j] = gz
-                part[j] += gz
-        for j in range(g.shape[1]):
-            gb[j] += part[j]
+    """g ← g (Φ(z) + z φ(z)), φ the normal density; gb ← gb + Σ_rows g. g, z: (rows, ≥ n) float32; gb: (n,)."""
+    for i in range(g.shape[0]):
+        for j in range(gb.size):
+            s = z[i, j]
+            density = exp_of_negative(_f4(-0.5) * s * s)
+            tail = normal_tail(abs(s), density)
+            gz = g[i, j] * ((tail if s < 0 else _f4(1) - tail) + _f4(0.3989422804014327) * density * s)
+            g[i, j] = gz
+            gb[j] += gz
+
+
+@kernel
+def slope_gradient(g, slope, gb):
+    """g ← g · slope; gb ← gb + Σ_rows g. g, slope: (rows, ≥ n); gb: (n,)."""
+    for i in range(g.shape[0]):
+        for j in range(gb.size):
+            gz = g[i, j] * slope[i, j]
+            g[i, j] = gz
+            gb[j] += gz
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------
@@ -214,6 +221,17 @@ def sgd(theta, g, l1, l2, unscale, clip, lr, weight_decay):
     for i in range(theta.size):
         t = theta[i]
         theta[i] = t - lr * (effective(g[i], t, l1, l2, unscale, clip) + weight_decay * t)
+
+
+@kernel
+def momentum(theta, g, m, l1, l2, unscale, clip, lr, weight_decay, momentum, share, nesterov):
+    """m ← momentum · m + share · g; θ ← θ − η m, or with Nesterov θ − η (g + momentum · m). All (n,)."""
+    for i in range(theta.size):
+        t = theta[i]
+        gi = effective(g[i], t, l1, l2, unscale, clip) + weight_decay * t
+        mi = momentum * m[i] + share * gi
+        m[i] = mi
+        theta[i] = t - lr * (gi + momentum * mi if nesterov else mi)
 
 
 @kernel

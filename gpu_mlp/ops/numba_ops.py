@@ -1,36 +1,83 @@
-"""The NumPy operations with the passes that take the time compiled: one read and one write where NumPy makes several.
+"""The NumPy operations with the work of a step as compiled jobs, which a step is replayed from without Python.
 
-Leans on `numpy_ops`, whose passes it takes the place of, on `numba_kernels`, and on `crew` for threads. What has no
-kernel, by its activation, loss, rule or type, is the reference's own.
+Leans on `numpy_ops`, whose passes it takes the place of, on `jobs`, on `tape` for writing them down and on `crew` for
+doing them. What is no job, by its activation, loss, rule or type, is the reference's own; in a step that is written
+down it is a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from ..activations import Activation
+from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Loss
 from ..optimizers import SGD, Adam, Optimizer
 from ..regularizers import ElasticNet
-from . import numba_kernels as kernels
-from . import philox
-from .crew import PART_FLOP, crew
-from .interface import Dropout, Slot
-from .numpy_ops import Array, NumpyOperations, applies, blas_threads, keep_probability, one_blas_thread, quiet
+from . import jobs, philox
+from .crew import crew
+from .exchange import Bucket, Exchange
+from .interface import Dropout, Layout, Recorder, Slot
+from .jobs import Job
+from .numpy_ops import Array, NumpyOperations, blas_threads, keep_probability, one_blas_thread, penalised_parts, quiet
+from .tape import Entry, TapeRecorder
 
-EVEN_WEIGHTS = np.empty(0)
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
 MICRO_BATCHES = 4  # a lane
 
 
 class NumbaOperations(NumpyOperations):
-    """`NumpyOperations` with compiled passes; the types that it stores in are those that it computes in."""
+    """`NumpyOperations` as jobs; the types that it stores in are those that it computes in."""
 
     part_elements = 100_000  # the crew is awake
+
+    def __init__(self, precision: Any) -> None:
+        super().__init__(precision)
+        self.fuses = True  # a layer's product and its pass in one job; apart they can be timed
+        self._written = threading.local()  # by a thread that writes a step down
+
+    # --- now or later ---
+
+    def recorder(self, wanted: bool | None = None) -> Recorder:
+        settings = lambda: (self._threads, self._beside, self.fuses)  # noqa: E731
+        return Recorder() if wanted is False else TapeRecorder(self._writing_down, settings)
+
+    def _writing_down(self, work: Callable[[], None]) -> list[Entry]:
+        """What ``work`` queues, of which nothing is done."""
+        before = self._entries
+        self._written.entries = entries = list[Entry]()
+        try:
+            work()
+        finally:
+            self._written.entries = before
+        return entries
+
+    @property
+    def _entries(self) -> list[Entry] | None:
+        """What is being written by this thread; None where all is done at once."""
+        return getattr(self._written, "entries", None)
+
+    def _queue(self, *work: Job) -> None:
+        """Do some jobs, now or in a step that is written down."""
+        if (entries := self._entries) is None:
+            crew().do(work)
+        else:
+            entries.extend(work)
+
+    def _queue_call(self, call: Callable[..., object], *arguments: Any) -> None:
+        """The same for what is no job."""
+        if (entries := self._entries) is None:
+            call(*arguments)
+        else:
+            entries.append(functools.partial(call, *arguments))
+
+    # --- settings ---
 
     def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
         """Lanes pay by what stays in the cache: of many rows, or where layers are so narrow that their passes take as
@@ -42,105 +89,91 @@ class NumbaOperations(NumpyOperations):
 
     def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
         threads = blas_threads()
-        if lanes > 1 or threads < 2 or flop < 2 * PART_FLOP:
+        if lanes > 1 or threads < 2 or flop < 2 * jobs.PART_FLOP:
             return quiet(one_blas_thread(), self._sharing_passes(lanes))
         return quiet(one_blas_thread(), self._sharing_products(threads), self._sharing_passes(threads))
 
-    def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
-        crew().gemm(gz.T, h_in, gW, self._threads, beta=float(accumulate))
+    def auxiliary(self, f: Activation, rows: int, n: int) -> Any:
+        return SLOPES if f.name == "gelu" and self._compute == np.float32 else None
 
-    def descend(
-        self,
-        W: Array,
-        gz: Array,
-        h_in: Array,
-        optimizer: SGD,
-        regularizer: ElasticNet | None,
-        shadow: Array | None,
-        state: Array,
+    # --- a step's frame ---
+
+    def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
+        if len(states) == 1:
+            work(0)
+            return
+        if self._entries is None:
+            super().side_by_side(work, states, g)
+            return
+        with self._sharing_passes(1):  # a lane is a thread's own
+            written = [self._writing_down(functools.partial(work, i)) for i in range(len(states))]
+        mine = [[entry for entry in entries if isinstance(entry, Job)] for entries in written]
+        if sum(map(len, mine)) == sum(map(len, written)):
+            self._queue(*jobs.lanes(mine, states, g, self._beside))
+        else:
+            self._queue_call(super().side_by_side, work, states, g)
+
+    def gather(
+        self, source: Array, rows: Array | None, out: Array, state: Array | None = None, scale: float = 1.0
     ) -> None:
-        if regularizer is not None and regularizer.l1:  # a sign is no multiple of W
-            super().descend(W, gz, h_in, optimizer, regularizer, shadow, state)
-        elif applies(state):
-            rate = float(state[Slot.LEARNING_RATE])
-            decay = optimizer.weight_decay + (0.0 if regularizer is None else regularizer.l2)
-            crew().gemm(gz.T, h_in, W, self._threads, alpha=-rate, beta=1 - rate * decay)
+        alike = source.dtype == out.dtype and source.shape[1:] == out.shape[1:]
+        orders = source.flags.c_contiguous and out.flags.c_contiguous
+        numbers = rows is None or (rows.dtype == np.int64 and rows.flags.c_contiguous)
+        if alike and orders and numbers and scale == 1 and out.size:
+            self._queue(jobs.gather(source, rows, out, state, self._beside))
+        else:
+            self._queue_call(super().gather, source, rows, out, state, scale)
 
-    def _finish_layer(
+    def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
+        self._queue_call(super().write_state, state, values)
+
+    def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:
+        weighted = sample_weight is not None and sample_weight.dtype != np.float64
+        if weighted or getattr(loss, "class_weight", None) is not None:
+            self._queue_call(super().total_weight, loss, y, sample_weight, state)
+        else:
+            self._queue(jobs.total_weight(len(y), sample_weight, state))
+
+    def finish_step(self, rows: int, state: Array) -> None:
+        self._queue(jobs.finish_step(rows, state))
+
+    def exchange(self, ranks: Any, g: Array, buckets: Sequence[Bucket], wire: str, scatter: bool) -> Exchange:
+        return _Queued(super().exchange(ranks, g, buckets, wire, scatter), self._queue_call)
+
+    # --- forward ---
+
+    def affine_activation(
         self,
-        product: Array,
+        h_in: Array,
+        W: Array,
         b: Array,
         f: Activation,
         h: Array,
         z: Array | None,
         dropout: Dropout | None,
-        first: int,
         state: Array,
+        auxiliary: Any = None,
     ) -> None:
-        finish = self._finisher(f)
-        if finish is None or (z is None) == (f.reads == "z"):  # z is kept where f′ reads it, and only there
-            super()._finish_layer(product, b, f, h, z, dropout, first, state)
+        code = self._code(f, auxiliary)
+        kept = (z is not None) == (f.reads == "z")  # z is kept where f′ reads it, and only there
+        if code is None or not kept or not (h.size and h_in.size):
+            self._queue_call(super().affine_activation, h_in, W, b, f, h, z, dropout, state, auxiliary)
             return
+        drop = {} if dropout is None else _mask(dropout)
+        if not self.fuses:
+            self._multiply(h_in, W.T, h if z is None else z)
+        self._queue(jobs.layer(h_in, W, b, code, h, z, drop, state, self._threads, self.fuses))
 
-        def work(rows: slice) -> None:
-            finish(product[rows], b, h[rows])
-            if dropout is not None:
-                self._drop(h[rows], dropout, first + rows.start, state)
-
-        self._share(h.shape, work)
-
-    def _finisher(self, f: Activation) -> Callable[[Array, Array, Array], None] | None:
-        """The kernel that adds b and applies f."""
-        if f.name == "identity":
-            return lambda z, b, h: kernels.bias(z, b)
-        if f.name == "relu":
-            return lambda z, b, h: kernels.bias_relu(z, b)
+    def _code(self, f: Activation, auxiliary: Any) -> int | None:
+        """The number of an activation that jobs know."""
         if f.name == "gelu" and self._compute == np.float32:
-            return kernels.bias_gelu
-        return None
+            return jobs.GELU if auxiliary is None else jobs.SLOPE
+        return {"identity": jobs.IDENTITY, "relu": jobs.RELU}.get(f.name)
 
-    def _through_layer(
-        self,
-        gh: Array,
-        f: Activation,
-        saved: Array | None,
-        dropout: Dropout | None,
-        first: int,
-        gz_in: Array,
-        gb: Array | None,
-        accumulate: bool,
-        state: Array,
-    ) -> None:
-        through = self._gradient(f, dropout)
-        if through is None or gb is None:
-            super()._through_layer(gh, f, saved, dropout, first, gz_in, gb, accumulate, state)
-            return
-        read = gz_in if saved is None else saved  # identity's reads nothing
-        masked = dropout if f.name != "relu" else None  # where h was dropped relu's is 0, and gz will be
-        if not accumulate:
-            gb[...] = 0
+    def _multiply(self, a: Array, b: Array, out: Array) -> None:
+        self._queue(jobs.product(a, b, out, self._threads))
 
-        def work(rows: slice) -> None:
-            if masked is not None:
-                self._drop(gz_in[rows], masked, first + rows.start, state)
-            through(gz_in[rows], read[rows], sums[rows.start])
-
-        parts = self._parts(gz_in.shape)
-        sums = {rows.start: np.zeros_like(gb) if i else gb for i, rows in enumerate(parts)}
-        self._for_each(parts, work, len(parts))
-        for part in list(sums.values())[1:]:
-            np.add(gb, part, out=gb)
-
-    def _gradient(self, f: Activation, dropout: Dropout | None) -> Callable[[Array, Array, Array], None] | None:
-        """The kernel that takes gh to gz and adds up its columns; relu's divides by keep itself."""
-        if f.name == "identity":
-            return lambda g, h, gb: kernels.column_sums(g, gb)
-        if f.name == "relu":
-            keep = 1.0 if dropout is None else keep_probability(dropout)
-            return lambda g, h, gb: kernels.relu_gradient(g, h, g.dtype.type(1 / keep), gb)
-        if f.name == "gelu" and self._compute == np.float32:
-            return kernels.gelu_gradient
-        return None
+    # --- the loss ---
 
     def loss_and_gradient(
         self,
@@ -156,47 +189,133 @@ class NumbaOperations(NumpyOperations):
         accumulate: bool,
         state: Array,
     ) -> None:
-        labels = y.ndim == 1 and from_z and h.dtype == np.float32
-        if not labels or not isinstance(loss, (CrossEntropy, NLL)) or loss.class_weight is not None:
-            super().loss_and_gradient(loss, f, from_z, h, z, y, sample_weight, gz, gb, accumulate, state)
+        labels = y.ndim == 1 and y.dtype == np.int64 and y.flags.c_contiguous and from_z and h.dtype == np.float32
+        if (
+            not (labels and h.size)
+            or not isinstance(loss, (CrossEntropy, NLL))
+            or loss.class_weight is not None
+            or (sample_weight is not None and sample_weight.dtype != np.float64)
+        ):
+            self._queue_call(
+                super().loss_and_gradient, loss, f, from_z, h, z, y, sample_weight, gz, gb, accumulate, state
+            )
             return
-        total = float(state[Slot.TOTAL_WEIGHT])
-        share, scale = 1 / total if total else 0.0, float(state[Slot.LOSS_SCALE])
-        sums = np.empty(h.shape[1], h.dtype) if gb is None else gb
-        if gb is None or not accumulate:
-            sums[...] = 0
-        weights = EVEN_WEIGHTS if sample_weight is None else sample_weight
-        state[Slot.COST] += kernels.softmax_cross_entropy(
-            h, y, weights, float(loss.label_smoothing), float(loss.clip), share, scale, gz, sums
-        )
+        self._queue(
+            *jobs.softmax_cross_entropy(
+                h, y, sample_weight, float(loss.label_smoothing), float(loss.clip), gz, gb, accumulate, state,
+                self._beside,
+            )
+        )  # fmt: skip
 
-    def _apply(
+    # --- backward ---
+
+    def input_gradient(
+        self,
+        gz: Array,
+        W: Array,
+        f: Activation,
+        saved: Array | None,
+        dropout: Dropout | None,
+        gz_in: Array,
+        gb: Array | None,
+        accumulate: bool,
+        state: Array,
+        auxiliary: Any = None,
+    ) -> None:
+        code, some = self._code(f, auxiliary), gz.size and gz_in.size
+        if some and gb is None and f.name == "identity" and dropout is None:
+            self._multiply(gz, W, gz_in)
+            return
+        if not some or gb is None or code is None:
+            self._queue_call(
+                super().input_gradient, gz, W, f, saved, dropout, gz_in, gb, accumulate, state, auxiliary
+            )  # fmt: skip
+            return
+        drop = {} if dropout is None else _mask(dropout)
+        if f.name == "relu":  # where h was dropped it is 0, and so will gz be
+            drop = {"scale": drop.get("scale", 1.0)}
+        if not self.fuses:
+            self._multiply(gz, W, gz_in)
+        self._queue(
+            *jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, self._threads, self.fuses)
+        )  # fmt: skip
+
+    def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
+        if gz.size and h_in.size:
+            self._queue(jobs.product(gz.T, h_in, gW, self._threads, beta=float(accumulate)))
+        else:
+            self._queue_call(super().weight_gradient, gz, h_in, gW, accumulate)
+
+    def descend(
+        self,
+        W: Array,
+        gz: Array,
+        h_in: Array,
+        optimizer: SGD,
+        regularizer: ElasticNet | None,
+        shadow: Array | None,
+        state: Array,
+    ) -> None:
+        l1, l2 = (0.0, 0.0) if regularizer is None else (regularizer.l1, regularizer.l2)
+        if l1 or not (gz.size and h_in.size):  # a sign is no multiple of W
+            self._queue_call(super().descend, W, gz, h_in, optimizer, regularizer, shadow, state)
+        else:
+            decay = optimizer.weight_decay + l2
+            self._queue(jobs.product(gz.T, h_in, W, self._threads, beta=decay, state=state))
+
+    # --- update ---
+
+    def penalty(self, theta: Array, n: int, regularizer: ElasticNet, state: Array) -> None:
+        if n:
+            self._queue(*jobs.penalty(theta[:n], regularizer.l1, regularizer.l2, state, self._beside))
+
+    def gradient_norm(
+        self,
+        theta: Array,
+        g: Array,
+        n: int,
+        regularizer: ElasticNet | None,
+        state: Array,
+        parts: Sequence[slice] | None = None,
+    ) -> None:
+        self._queue_call(super().gradient_norm, theta, g, n, regularizer, state, parts)
+
+    def update(
         self,
         theta: Array,
         g: Array,
         moments: Sequence[Array],
         optimizer: Optimizer,
-        c: Sequence[float],
-        penalty: ElasticNet | None,
-        scale: float,
-        clip: float,
+        layout: Layout,
+        n: int,
+        regularizer: ElasticNet | None,
+        clip_norm: float | None,
+        shadow: Array | None,
+        state: Array,
     ) -> None:
-        l1, l2 = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
-        numbers: tuple[float, ...]
-        if type(optimizer) is SGD and optimizer.plain:
-            rule, numbers = kernels.sgd, (l1, l2, 1 / scale, clip, c[0], optimizer.weight_decay)
-        elif isinstance(optimizer, Adam) and not optimizer.amsgrad:
-            lr, step_size, eps = c
-            decay = 0.0 if optimizer.decoupled else optimizer.weight_decay
-            shrink = 1 - lr * optimizer.weight_decay if optimizer.decoupled else 1.0
-            rule, numbers = kernels.adam, (l1, l2, 1 / scale, clip, decay, shrink, *optimizer.betas, step_size, eps)
+        job: Callable[..., Job]
+        if shadow is None and type(optimizer) is SGD:
+            job, numbers = jobs.sgd, {"momentum": optimizer.momentum, "dampening": optimizer.dampening}
+            numbers |= {"nesterov": optimizer.nesterov, "decay": optimizer.weight_decay}
+        elif shadow is None and isinstance(optimizer, Adam) and not optimizer.amsgrad:
+            job, numbers = jobs.adam, {"beta1": optimizer.betas[0], "beta2": optimizer.betas[1], "eps": optimizer.eps}
+            numbers |= {"decay": optimizer.weight_decay, "decoupled": optimizer.decoupled}
+            numbers["epsilon_hat"] = optimizer.epsilon_hat
         else:
-            super()._apply(theta, g, moments, optimizer, c, penalty, scale, clip)
+            arguments = (theta, g, moments, optimizer, layout, n, regularizer, clip_norm, shadow, state)
+            self._queue_call(super().update, *arguments)
             return
-        rounded = [theta.dtype.type(number) for number in numbers]
-        self._share(
-            theta.shape, lambda part: rule(theta[part], g[part], *(moment[part] for moment in moments), *rounded)
-        )
+        for part, penalty in penalised_parts(0, theta.size, n, regularizer):
+            l1, l2 = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
+            mine = [moment[part] for moment in moments]
+            self._queue(
+                job(
+                    theta[part], g[part], mine, state, self._beside, l1=l1, l2=l2, clip_norm=clip_norm or 0.0, **numbers
+                )
+            )
+
+    def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
+        self._queue_call(super().average, theta, averaged, rule, state)
 
     # --- inside ---
 
@@ -209,12 +328,45 @@ class NumbaOperations(NumpyOperations):
     def _for_each(self, blocks: Sequence[Any], work: Callable[[Any], object], threads: int) -> None:
         crew().for_each(blocks, work, threads)
 
-    def _drop(self, block: Array, dropout: Dropout, start: int, state: Array) -> None:
-        """Drop entries of a block that begins at row ``start`` of the micro-batch, and divide the rest by keep."""
-        round_ = int(state[Slot.ROUND])
-        words = (dropout.seed & 0xFFFFFFFF, dropout.seed >> 32, dropout.layer + ((round_ >> 32) << 16))
-        k0, k1, layer = map(np.uint64, words)
-        kernels.mask(
-            block, np.uint32(philox.keep_threshold(dropout.rate)), block.dtype.type(1 / keep_probability(dropout)),
-            k0, k1, layer, np.uint64(round_ & 0xFFFFFFFF), np.uint64(dropout.first_row + start),
-        )  # fmt: skip
+
+class _Slopes:
+    """Says that a layer's z holds f′(z), which the forward pass has at hand, and the backward pass alone reads."""
+
+    def first(self, rows: int) -> _Slopes:
+        """The like for fewer rows."""
+        return self
+
+
+SLOPES = _Slopes()
+
+
+class _Queued(Exchange):
+    """An exchange whose calls are part of a step that is written down."""
+
+    def __init__(self, inner: Exchange, queue: Callable[..., None]) -> None:
+        super().__init__(inner.ranks, inner.g, inner.buckets, inner.wire, inner.scatter)
+        self._inner, self._queue = inner, queue
+
+    def begin(self, bucket: int) -> None:
+        self._queue(self._inner.begin, bucket)
+
+    def poke(self) -> None:
+        self._queue(self._inner.poke)
+
+    def finish(self) -> None:
+        self._queue(self._inner.finish)
+
+    def gather(self, flat: Array) -> None:
+        self._queue(self._inner.gather, flat)
+
+    def sum_state(self, state: Array, slot: Slot, squares: bool = False) -> None:
+        self._queue(self._inner.sum_state, state, slot, squares)
+
+
+def _mask(dropout: Dropout) -> dict[str, float]:
+    """What a job knows of a layer's dropout."""
+    return {
+        "drop": philox.keep_threshold(dropout.rate), "scale": 1 / keep_probability(dropout),
+        "k0": dropout.seed & 0xFFFFFFFF, "k1": dropout.seed >> 32, "layer": dropout.layer,
+        "first_row": dropout.first_row,
+    }  # fmt: skip

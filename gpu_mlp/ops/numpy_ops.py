@@ -410,7 +410,7 @@ class NumpyOperations(Operations):
         total = 0.0
         scale = float(state[Slot.LOSS_SCALE])
         for whole in [slice(0, theta.size)] if parts is None else parts:
-            for part, penalty in _penalised_parts(whole.start, whole.stop, n, regularizer):
+            for part, penalty in penalised_parts(whole.start, whole.stop, n, regularizer):
                 t, gp = theta[part], g[part]
                 for block in _blocks(t.size):
                     gb = self._effective_gradient(t[block], gp[block], penalty, scale)
@@ -439,7 +439,7 @@ class NumpyOperations(Operations):
         if isinstance(optimizer, Muon):
             self._update_matrices(theta, g, moments, optimizer, layout, regularizer, clip, c[0], state)
             first = layout.n_weights
-        for part, penalty in _penalised_parts(first, theta.size, n, regularizer):
+        for part, penalty in penalised_parts(first, theta.size, n, regularizer):
             self._apply(theta[part], g[part], [m[part] for m in moments], optimizer, c, penalty, scale, clip)
         if shadow is not None:
             np.copyto(shadow, theta, casting="same_kind")
@@ -776,7 +776,7 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _penalised_parts(
+def penalised_parts(
     first: int, last: int, n: int, regularizer: ElasticNet | None
 ) -> Iterator[tuple[slice, ElasticNet | None]]:
     """first … last in two: what of it lies in the prefix of length ``n`` that the regularizer covers, and the rest."""
