@@ -714,16 +714,30 @@ def one_blas_thread() -> Iterator[None]:
     if not _ONE_BLAS_THREAD.acquire(blocking=False):
         yield  # limited already, by this thread or another
         return
+    libraries = [(library, library.get_num_threads() or 1) for library in _blas().lib_controllers]
     try:
-        _before_the_limit = blas_threads()
-        with _blas().limit(limits=1, user_api="blas"):
-            yield
+        _before_the_limit = min((threads for _, threads in libraries), default=1)
+        for library, threads in libraries:
+            if threads > 1:
+                _limit(library, 1)
+        yield
     finally:
+        for library, threads in libraries:
+            if threads > 1:
+                _limit(library, threads)
         _before_the_limit = None
         _ONE_BLAS_THREAD.release()
 
 
 _before_the_limit: int | None = None
+
+
+def _limit(library: Any, threads: int) -> None:
+    """Set a BLAS's threads; threadpoolctl's own way would keep every other thread of the program from doing so later,
+    and its context, which does not, takes as long as a small step."""
+    getattr(library, "_real_set_num_threads", library.set_num_threads)(threads)
+
+
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "GOTO_NUM_THREADS")
 
 
@@ -740,7 +754,7 @@ def blas_threads() -> int:
     """
     if _before_the_limit is not None:
         return _before_the_limit
-    return min((library.num_threads or 1 for library in _blas().lib_controllers), default=1)
+    return min((library.get_num_threads() or 1 for library in _blas().lib_controllers), default=1)
 
 
 @functools.cache

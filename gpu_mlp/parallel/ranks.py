@@ -47,6 +47,8 @@ class Ranks:
 
     def part(self, rows: int) -> slice:
         """This rank's rows of a batch: the ranks' parts lie end to end, and are empty where the batch is short."""
+        if self.size == 1:
+            return slice(0, rows)
         unit = ROW_MULTIPLE if rows >= LEAST_PART * self.size else 1
         units = -(-rows // unit)
         start, stop = (min(rows, unit * (units * r // self.size)) for r in (self.rank, self.rank + 1))
