@@ -312,9 +312,8 @@ def check_labels(y: NDArray[Any], n_classes: int) -> NDArray[np.int64]:
     """Class labels as int64 in 0..n_classes − 1."""
     if y.dtype.kind not in "bui":
         raise TypeError(f"y: expected integer class labels 0..{n_classes - 1}, got dtype {y.dtype}")
-    bad = (y < 0) | (y >= n_classes)
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
+    if y.size and (y.min() < 0 or y.max() >= n_classes):
+        row = int(np.flatnonzero((y < 0) | (y >= n_classes))[0])
         raise ValueError(f"y: label {y[row]} in row {row} is outside 0..{n_classes - 1}, one a network output")
     return y.astype(np.int64, copy=False)
 

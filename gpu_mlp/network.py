@@ -468,7 +468,7 @@ class MLP:
                 raise ValueError(f"x: an entry is not finite, or too large for {storage.name}")
             return x
         checks.on_host("x", x)
-        x = checks.matrix("x", x, self.sizes[0])
+        x = checks.matrix("x", x, self.sizes[0], self._ops.all_finite if self.device == "cpu" else None)
         checks.fits("x", x, storage)
         return x
 

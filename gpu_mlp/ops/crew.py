@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from . import crew_kernels as kernels
 from . import jobs, sharing
 
-LOOKS = 50_000  # for work, before a thread falls asleep: half a millisecond
+LOOKS = 15_000  # for work, before a thread falls asleep: half a millisecond
 
 
 class Crew:

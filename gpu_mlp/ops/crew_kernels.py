@@ -7,6 +7,7 @@ and how many are taken; beside it stands whose they are. `crew` has the threads,
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,25 @@ def replace(typing, address, old, new):
         return builder.zext(builder.extract_value(done, 1), _int64)
 
     return types.int64(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def pause(typing):
+    """Leave the processor's units to its other thread for a moment, where it has one."""
+
+    def code(context, builder, signature, arguments):
+        if platform.machine() in ("x86_64", "AMD64"):
+            hint = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"
+            )
+            builder.call(hint, [])
+        elif platform.machine() in ("aarch64", "arm64"):
+            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint")
+            builder.call(hint, [ir.Constant(ir.IntType(32), 1)])
+        return context.get_dummy_value()
+
+    return types.void(), code
 
 
 @intrinsic
@@ -198,6 +218,7 @@ def join(base, give_way):
     looks, parts = 0, parts_of(load(base))
     while load(base + 8 * DONE) + load(base + 8 * OWN) < parts:
         looks += 1
+        pause()
         if looks % BETWEEN == 0:
             call(give_way)
 
@@ -269,6 +290,7 @@ def serve(base, give_way, looks):
             idle = 0
         else:
             idle += 1
+            pause()
             if idle % BETWEEN == 0:
                 call(give_way)
     add(base + 8 * SLEEPERS, np.int64(1))

@@ -29,9 +29,11 @@ from .crew_kernels import MOST_PARTS, blas_dot, blas_gemm, invoke, pointer
 from .interface import CLIP_EPS, Slot
 
 Array = NDArray[Any]
-PART_FLOP = 1_000_000  # a part of fewer operations costs more to hand out than it saves
+PART_FLOP = (
+    500_000  # a part of rows of fewer operations costs more to hand out than it saves; of columns of twice as many
+)
 ROW_MULTIPLE = 16  # parts end at a multiple of what a BLAS kernel takes at once
-MANY = 256  # rows, from which on a layer is cut by rows: its factors are large enough then
+MANY, THIN = 256, 64  # rows from which on, and k up to which, a product is cut by rows
 PASS_PART = 20_000  # elements of a pass that are worth a part
 LOSS_PART = 2_000  # logarithms and exponentials
 ROWS = 64  # of one part of a sum over rows: a fixed order, whatever the number of threads
@@ -82,6 +84,7 @@ FINISH = _record("state", "rows")
 LANES = _record("programs", "count")
 LANE_STATE = _record("source out")
 ADD = _record("g out", "n step")
+TOTAL = _record("x costs", "n step")
 
 
 # --- one part of each ----------------------------------------------------------------------------------------------
@@ -478,6 +481,20 @@ def _add(kind: Any) -> Callable[[int, int], None]:
     return part
 
 
+@_compiled
+def _total(kind: Any) -> Callable[[int, int], None]:
+    """costs[i] ← Σ of some of x."""
+    size = np.dtype(kind).itemsize
+
+    def part(record: int, index: int) -> None:
+        r = carray(pointer(record), (1,), TOTAL)[0]
+        first, count = _part(r.n, r.step, index)
+        found = numba_kernels.total(carray(pointer(r.x + first * size), (count,), kind))
+        carray(pointer(r.costs), (index + 1,), np.float64)[index] = found
+
+    return part
+
+
 # --- jobs ----------------------------------------------------------------------------------------------------------
 
 
@@ -488,7 +505,7 @@ def product(
 
     With a state out ← out − LEARNING_RATE · (a b + β · out), where the step may be applied.
     """
-    numbers, parts = _cut(a, b, out, threads, out.shape[0] >= MANY or out.shape[0] >= out.shape[1])
+    numbers, parts = _cut(a, b, out, threads)
     return _job(_product, PRODUCT, parts, out.dtype, a=a, b=b, c=out, state=state, alpha=alpha, beta=beta, **numbers)
 
 
@@ -498,7 +515,7 @@ def layer(
 ) -> Job:  # fmt: skip
     """`Operations.affine_activation`; without ``multiplies`` the product lies in z, or h where there is no z."""
     out = h if z is None else z
-    numbers, parts = _cut(h_in, W.T, out, threads, bool(drop) or len(h) >= MANY)
+    numbers, parts = _cut(h_in, W.T, out, threads, "drop" in drop)
     if not multiplies:
         numbers["k"] = 0
     return _job(
@@ -512,7 +529,7 @@ def gradient(
     accumulate: bool, state: Array, threads: int, multiplies: bool = True,
 ) -> list[Job]:  # fmt: skip
     """`Operations.input_gradient`; without ``multiplies`` gh lies in ``gz_in``."""
-    numbers, parts = _cut(gz, W, gz_in, threads, bool(drop) or len(gz) >= MANY)
+    numbers, parts = _cut(gz, W, gz_in, threads, "drop" in drop)
     if not multiplies:
         numbers["k"] = 0
     n, apart = len(gb), parts > 1 and bool(numbers["by_rows"])
@@ -606,6 +623,12 @@ def add(g: Array, out: Array, threads: int) -> Job:
     return _job(_add, ADD, parts, g.dtype, g=g, out=out, n=g.size, step=step)
 
 
+def total(x: Array, threads: int) -> Job:
+    """Σ x, in parts, into the job's array ``costs``. x: C-order."""
+    parts, step = _ranges(x.size, x.size, threads, PASS_PART)
+    return _job(_total, TOTAL, parts, x.dtype, x=x, costs=np.empty(parts), n=x.size, step=step)
+
+
 def program(jobs: Sequence[Job]) -> Array:
     """What the crew runs: (jobs, 3) int64, of addresses in the jobs, which have to be kept."""
     return np.array([(job.function, address(job.record), job.parts) for job in jobs], np.int64).reshape(-1, 3)
@@ -640,11 +663,14 @@ def _add_up(
     )  # fmt: skip
 
 
-def _cut(a: Array, b: Array, out: Array, threads: int, by_rows: bool) -> tuple[dict[str, Any], int]:
-    """A product's numbers in a record, and its parts, of rows or of columns of ``out``."""
+def _cut(a: Array, b: Array, out: Array, threads: int, whole_rows: bool = False) -> tuple[dict[str, Any], int]:
+    """A product's numbers in a record, and its parts: of rows, or where there are few of them of columns, so that no
+    factor gets too thin. Every part packs the other factor for itself."""
     (m, n), k = out.shape, a.shape[1]
     ta, tb = not a.flags.c_contiguous, not b.flags.c_contiguous
-    parts = max(1, min(threads, 2 * m * n * k // PART_FLOP, MOST_PARTS))
+    by_rows = whole_rows or m >= min(n, MANY) or k < THIN
+    worth = PART_FLOP if by_rows else 2 * PART_FLOP
+    parts = max(1, min(threads, 2 * m * n * k // worth, MOST_PARTS))
     length = m if by_rows else n
     step = -(-length // (parts * ROW_MULTIPLE)) * ROW_MULTIPLE
     numbers = {

@@ -8,9 +8,10 @@ down it is a call.
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ from .crew import crew
 from .exchange import Bucket, Exchange
 from .interface import Dropout, Layout, Recorder, Slot
 from .jobs import Job
-from .numpy_ops import Array, NumpyOperations, blas_threads, keep_probability, one_blas_thread, penalised_parts, quiet
-from .tape import Entry, TapeRecorder
+from .numpy_ops import Array, NumpyOperations, blas_threads, keep_probability, one_blas_thread, penalised_parts
+from .tape import MOST_TAPES, Entry, Tape, TapeRecorder
 
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
 MICRO_BATCHES = 4  # a lane
@@ -40,7 +41,7 @@ class NumbaOperations(NumpyOperations):
     def __init__(self, precision: Any) -> None:
         super().__init__(precision)
         self.fuses = True  # a layer's product and its pass in one job; apart they can be timed
-        self._written = threading.local()  # by a thread that writes a step down
+        self._own = threading.local()  # a thread's: what it writes down, and how it adds up batches
 
     # --- now or later ---
 
@@ -51,17 +52,17 @@ class NumbaOperations(NumpyOperations):
     def _writing_down(self, work: Callable[[], None]) -> list[Entry]:
         """What ``work`` queues, of which nothing is done."""
         before = self._entries
-        self._written.entries = entries = list[Entry]()
+        self._own.entries = entries = list[Entry]()
         try:
             work()
         finally:
-            self._written.entries = before
+            self._own.entries = before
         return entries
 
     @property
     def _entries(self) -> list[Entry] | None:
         """What is being written by this thread; None where all is done at once."""
-        return getattr(self._written, "entries", None)
+        return getattr(self._own, "entries", None)
 
     def _queue(self, *work: Job) -> None:
         """Do some jobs, now or in a step that is written down."""
@@ -87,16 +88,37 @@ class NumbaOperations(NumpyOperations):
         few = rows < MICRO_BATCHES * lanes * micro and widest > NARROW
         return (1, rows) if few or widest > WIDE else (lanes, micro)
 
-    def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
-        threads = blas_threads()
-        if lanes > 1 or threads < 2 or flop < 2 * jobs.PART_FLOP:
-            return quiet(one_blas_thread(), self._sharing_passes(lanes))
-        return quiet(one_blas_thread(), self._sharing_products(threads), self._sharing_passes(threads))
+    @contextmanager
+    def tuned_for(self, flop: int, lanes: int = 1) -> Iterator[None]:
+        before = self._threads, self._beside
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"), one_blas_thread():
+            threads = blas_threads()
+            shared = lanes == 1 and threads > 1 and flop >= 2 * jobs.PART_FLOP
+            self._threads, self._beside = (threads, threads) if shared else (1, lanes)
+            try:
+                yield
+            finally:
+                self._threads, self._beside = before
 
     def auxiliary(self, f: Activation, rows: int, n: int) -> Any:
         return SLOPES if f.name == "gelu" and self._compute == np.float32 else None
 
     # --- a step's frame ---
+
+    def all_finite(self, array: Array, dtype: Any = None) -> bool:
+        if dtype is None and type(array) is np.ndarray and array.dtype == self._compute and array.flags.c_contiguous:
+            sums: dict[int, tuple[Tape, Array]] = self._own.__dict__.setdefault("sums", {})
+            if array.size not in sums:
+                if len(sums) == MOST_TAPES:
+                    sums.clear()
+                job = jobs.total(array, blas_threads())
+                sums[array.size] = Tape([job], [array]), job.arrays["costs"]
+            tape, found = sums[array.size]
+            tape.move([array])
+            tape.run()
+            if math.isfinite(sum(found.tolist())):
+                return True
+        return super().all_finite(array, dtype)
 
     def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
         if len(states) == 1:

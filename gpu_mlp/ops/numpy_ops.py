@@ -714,30 +714,22 @@ def one_blas_thread() -> Iterator[None]:
     if not _ONE_BLAS_THREAD.acquire(blocking=False):
         yield  # limited already, by this thread or another
         return
-    libraries = [(library, library.get_num_threads() or 1) for library in _blas().lib_controllers]
+    before = [(threads(), limit) for threads, limit in _blas_limits()]
     try:
-        _before_the_limit = min((threads for _, threads in libraries), default=1)
-        for library, threads in libraries:
+        _before_the_limit = min((threads for threads, _ in before), default=1)
+        for threads, limit in before:
             if threads > 1:
-                _limit(library, 1)
+                limit(1)
         yield
     finally:
-        for library, threads in libraries:
+        for threads, limit in before:
             if threads > 1:
-                _limit(library, threads)
+                limit(threads)
         _before_the_limit = None
         _ONE_BLAS_THREAD.release()
 
 
 _before_the_limit: int | None = None
-
-
-def _limit(library: Any, threads: int) -> None:
-    """Set a BLAS's threads; threadpoolctl's own way would keep every other thread of the program from doing so later,
-    and its context, which does not, takes as long as a small step."""
-    getattr(library, "_real_set_num_threads", library.set_num_threads)(threads)
-
-
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "GOTO_NUM_THREADS")
 
 
@@ -754,7 +746,30 @@ def blas_threads() -> int:
     """
     if _before_the_limit is not None:
         return _before_the_limit
-    return min((library.get_num_threads() or 1 for library in _blas().lib_controllers), default=1)
+    return min((threads() for threads, _ in _blas_limits()), default=1)
+
+
+@functools.cache
+def _blas_limits() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
+    """What tells the threads of every BLAS, and what sets them.
+
+    OpenBLAS's own functions where it has them: threadpoolctl's take as long as a small step, and would keep every other
+    thread of the program from setting anything later.
+    """
+    found = []
+    for library in _blas().lib_controllers:
+        own = [_symbol(library, f"openblas_{verb}_num_threads") for verb in ("get", "set")]
+        if library.internal_api == "openblas" and library.threading_layer == "pthreads" and all(own):
+            found.append((own[0], own[1]))
+        else:
+            found.append((lambda library=library: library.get_num_threads() or 1, library.set_num_threads))
+    return found
+
+
+def _symbol(library: Any, name: str) -> Any:
+    """A function of a BLAS, whatever is put before and behind its name; None where it has none of that name."""
+    names = (f"{before}{name}{behind}" for before in ("", "scipy_") for behind in ("", "64_", "_64"))
+    return next((getattr(library.dynlib, full) for full in names if hasattr(library.dynlib, full)), None)
 
 
 @functools.cache
