@@ -1,14 +1,20 @@
 """Where a step's time goes: GEMMs, activations, loss, update, and the rest, which is the host's.
 
-Every operation of the interface is wrapped on the trainer's own operations, and the matrix product within them; the
-innermost one that a thread is in is what the time goes to. At moments when several threads are at work it is divided
-among them evenly, when none is inside an operation it is the host's. On a GPU the clock is its events, with the step
-launched kernel by kernel (a graph cannot be looked into), and what lies between operations is the host's.
+On a CPU with Numba a recorded step is a list of jobs: each is run and timed by itself, with a layer's product and its
+pass apart, which are one job otherwise; of lanes, which work side by side, the jobs tell the shares. What the step
+takes beyond its jobs is the host's.
+
+Elsewhere every operation of the interface is wrapped on the trainer's own operations, and the matrix product within
+them; the innermost one that a thread is in is what the time goes to. At moments when several threads are at work it is
+divided among them evenly, when none is inside an operation it is the host's. On a GPU the clock is its events, with the
+step launched kernel by kernel (a graph cannot be looked into), and what lies between operations is the host's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +63,9 @@ def of_step(task: Task, seconds: float) -> tuple[dict[str, float], float, float]
     contender.wait()
     plain = min(timing.repeated(lambda: contender.step(*batch), contender.wait, 2)[0] for _ in range(3))
     repeats = max(1, int(seconds / max(plain, 1e-6)))
+    if hasattr(contender.ops, "fuses"):
+        parts = of_jobs(contender, batch, repeats)
+        return parts, sum(parts.values()), plain
     clock: Any = DeviceClock() if task.device == "cuda" else HostClock()
     with watched(contender.ops, clock, task.device):
         for _ in range(repeats):
@@ -69,6 +78,46 @@ def of_step(task: Task, seconds: float) -> tuple[dict[str, float], float, float]
         for kind, share in divided(marks, start, end).items():
             parts[kind] += share / repeats
     return parts, sum(parts.values()), plain
+
+
+def of_jobs(contender: Any, batch: Any, repeats: int) -> dict[str, float]:
+    """Seconds of a step by part: medians of every job by itself, and of the step that they make up."""
+    from gpu_mlp.ops.crew import crew
+    from gpu_mlp.ops.jobs import program
+
+    def timed(work: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    def seconds_of(jobs: Sequence[Any]) -> list[float]:
+        runs = [functools.partial(crew().run, program([job]), job.parts) for job in jobs]
+        rounds = [[timed(run) for run in runs] for _ in range(repeats)]
+        return [statistics.median(column) for column in zip(*rounds)]
+
+    parts = dict.fromkeys(PARTS, 0.0)
+    contender.ops.fuses = False
+    try:
+        steps = [timed(lambda: contender.step(*batch)) for _ in range(repeats + 1)][1:]
+        jobs = contender.trainer._recorder.last.entries
+        with contender.ops.tuned_for(0, 2):
+            for job, taken in zip(jobs, seconds_of(jobs)):
+                inner = [(kind_of(each), spent) for each, spent in zip(job.inner, seconds_of(job.inner))]
+                whole = sum(spent for _, spent in inner)
+                for kind, share in [(kind, spent / whole) for kind, spent in inner] or [(kind_of(job), 1.0)]:
+                    parts[kind] += share * taken
+    finally:
+        del contender.ops.fuses
+    parts[HOST] = max(0.0, statistics.median(steps) - sum(parts.values()))
+    return parts
+
+
+def kind_of(job: Any) -> str:
+    """The part of a step that a job belongs to; one that multiplies does nothing else here."""
+    fields = job.record.dtype.names
+    if "gemm" in fields:
+        return GEMMS if job.record["k"] else "activation"
+    return "loss" if "smoothing" in fields or fields == ("weight", "state", "count") else "update"
 
 
 def divided(marks: Sequence[Mark], start: float, end: float) -> dict[str, float]:
@@ -183,11 +232,7 @@ def watched(ops: Any, clock: Any, device: str) -> Iterator[None]:
 def _product(ops: Any, device: str) -> tuple[Any, str]:
     """Where the matrix product of a device is to be found, with its epilogue where it has one."""
     if device == "cpu":
-        if type(ops).__name__ == "NumpyOperations":
-            return np, "matmul"
-        from gpu_mlp.ops.crew import Crew
-
-        return Crew, "gemm"
+        return np, "matmul"
     from gpu_mlp.ops import gemm, lt
 
     return (gemm.GEMM, "__call__") if gemm.binding().lt is None else (lt.Plan, "run")

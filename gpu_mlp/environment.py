@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, str]:
     )
     facts["optional"] = ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
     facts["NVIDIA driver"] = _driver()
-    facts["device='cpu'"] = f"NumPy alone: {numba_obstacle()}" if numba_obstacle() else "passes compiled by Numba"
+    facts["device='cpu'"] = f"NumPy alone: {numba_obstacle()}" if numba_obstacle() else "steps compiled by Numba"
     obstacle = cuda_obstacle()
     if obstacle:
         return {**facts, "device='cuda'": f"not usable: {obstacle}", "device='auto'": "means cpu"}

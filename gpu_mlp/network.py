@@ -214,6 +214,7 @@ class MLP:
                     part, loss, from_z, masks, y[rows], None if sample_weight is None else sample_weight[rows],
                     lane.gb, lane.sink, start > mine[0], lane.state, None if gx is None else gx[rows],
                 )  # fmt: skip
+                part.h[0] = None  # it is the caller's
 
         self._ops.side_by_side(work_through, [lane.state for lane in lanes], [lane.g for lane in lanes])
 

@@ -58,7 +58,8 @@ class Trainer:
     with a fraction of the memory.
     apply_at_once: apply each layer's gradient as soon as it is ready and store none; only plain SGD can. None means
     whenever that is possible.
-    graph: on a GPU, record the steps of each batch shape as a CUDA graph and replay it; None means where possible.
+    graph: record the steps of each batch shape and replay them: on a GPU as a CUDA graph, on a CPU with Numba as a list
+    of compiled jobs. None means where possible. The bits are those of a step that is not recorded.
     seed: of the shuffles; None takes the network's.
     average: keep a moving average of the weights, `EMA()`. Validation and `evaluate` then look at the averaged weights,
     and a `fit` leaves them in the network at its end, as Keras and Lightning do; so a model that is saved has them. The
@@ -669,7 +670,7 @@ class Trainer:
         """Drop what was recorded when something that a recording has in it was exchanged, by a callback say."""
         recipe = (
             self.loss, self.optimizer, self.regularizer, self.clip_norm, self.accumulate, self.apply_at_once,
-            self.average,
+            self.average, self.net.dropout,
         )  # fmt: skip
         if any(new is not old for new, old in zip(recipe, self._recipe)):
             self._recorder.clear()

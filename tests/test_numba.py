@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -321,6 +322,29 @@ def test_a_replayed_step_reads_the_batch_that_it_is_given(activation):
             x = x.astype(np.float32)
             coder.step(x, x if i < 2 else -x)
     assert coders[0].net.theta.tobytes() == coders[1].net.theta.tobytes()
+
+
+def test_no_batch_is_kept_for_as_long_as_a_recording():
+    trainer = Trainer(MLP([8, 16, 8], output="softmax"))
+    kept = []
+    for rows in (9, 8, 7):
+        x = np.ones((rows, 8), np.float32)
+        kept.append(weakref.ref(x))
+        trainer.step(x, np.zeros(rows, int))
+    del x
+    assert [reference() is None for reference in kept[:2]] == [True, True]
+
+
+def test_dropout_that_is_exchanged_is_in_the_next_step():
+    x, y = problem()
+    thetas = []
+    for graph in (None, False):
+        trainer = Trainer(MLP(SIZES, "relu", "softmax", dropout=0.1), graph=graph)
+        trainer.step(x, y)
+        trainer.net.dropout = (0.5, 0.0)
+        trainer.step(x, y)
+        thetas.append(trainer.net.theta.tobytes())
+    assert thetas[0] == thetas[1]
 
 
 def test_a_fit_replays_its_steps_over_the_epochs():

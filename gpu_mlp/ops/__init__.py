@@ -44,8 +44,14 @@ def numba_obstacle() -> str:
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed (pip install 'gpu-mlp[cpu]')"
     try:
+        from numba import config
+
         from . import crew  # noqa: F401
-    except ImportError as error:  # Numba does not load, or SciPy's BLAS is another than those known
+
+        if getattr(config, "DISABLE_JIT", 0):
+            return "NUMBA_DISABLE_JIT is set"
+    # Numba does not load or finds no folder to keep what it compiles in, or SciPy's BLAS is another than those known
+    except (ImportError, RuntimeError) as error:
         return f"Numba cannot be used ({' '.join(str(error).split())[:200]})"
     return ""
 

@@ -37,10 +37,10 @@ class NumbaOperations(NumpyOperations):
     """`NumpyOperations` as jobs; the types that it stores in are those that it computes in."""
 
     part_elements = 100_000  # the crew is awake
+    fuses = True  # a layer's product and its pass in one job; apart they can be timed
 
     def __init__(self, precision: Any) -> None:
         super().__init__(precision)
-        self.fuses = True  # a layer's product and its pass in one job; apart they can be timed
         self._own = threading.local()  # a thread's: what it writes down, and how it adds up batches
 
     # --- now or later ---

@@ -24,6 +24,7 @@ class Tape:
     """
 
     def __init__(self, entries: Sequence[Entry], moving: Sequence[Array]) -> None:
+        self.entries = entries
         self._segments: list[tuple[Any, int, list[Job]] | Callable[[], object]] = []
         for entry in entries:
             if not isinstance(entry, Job):
@@ -38,7 +39,7 @@ class Tape:
         ]
         self._places = [(address(array), max(1, array.nbytes)) for array in moving]
         self._moving = [
-            (job.record, name, number)
+            (job, name, number)
             for entry in entries
             if isinstance(entry, Job)
             for job in (entry, *entry.inner)
@@ -47,6 +48,8 @@ class Tape:
             for number, (start, length) in enumerate(self._places)
             if 0 <= int(job.record[name]) - start < length
         ]
+        for job, name, _ in self._moving:
+            job.arrays.pop(name, None)  # which would be kept for as long as the tape is
         # calls have the arrays themselves, and of two in one place nobody can tell which was meant
         apart = all(a + n <= b for (a, n), (b, _) in zip(sorted(self._places), sorted(self._places)[1:]))
         self._movable = apart and all(isinstance(entry, Job) for entry in entries)
@@ -58,8 +61,8 @@ class Tape:
         if any(away):
             if not self._movable:
                 return False
-            for record, name, number in self._moving:
-                record[name] += away[number]
+            for job, name, number in self._moving:
+                job.record[name] += away[number]
             self._places = [(start, length) for start, (_, length) in zip(starts, self._places)]
         return True
 
@@ -83,6 +86,7 @@ class TapeRecorder(Recorder):
         self, writing: Callable[[Callable[[], None]], Sequence[Entry]], settings: Callable[[], Hashable]
     ) -> None:
         self._writing, self._settings = writing, settings
+        self.last: Tape | None = None  # that was run
         self._tapes: dict[Hashable, Tape] = {}
 
     def run(self, key: Hashable, work: Callable[[], None], moving: Sequence[Array] = ()) -> None:
@@ -92,7 +96,9 @@ class TapeRecorder(Recorder):
             tape = Tape(self._writing(work), moving)
             if key in self._tapes or len(self._tapes) < MOST_TAPES:
                 self._tapes[key] = tape
+        self.last = tape
         tape.run()
 
     def clear(self) -> None:
+        self.last = None
         self._tapes.clear()
