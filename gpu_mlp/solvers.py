@@ -151,7 +151,7 @@ class Rows:
 class Unpacked:
     """A feed, as in `feeding`, of a sparse x: every minibatch is unpacked here and copied to where it is worked on."""
 
-    key = None
+    key, moving = None, ()
 
     def __init__(self, ops: Operations, x: Any, y: Array, weight: Array | None, batch_size: int) -> None:
         self._ops, self._x, self._rest, self._batch_size = ops, x, (y, weight), batch_size
