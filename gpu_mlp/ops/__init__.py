@@ -51,7 +51,7 @@ def numba_obstacle() -> str:
         if getattr(config, "DISABLE_JIT", 0):
             return "NUMBA_DISABLE_JIT is set"
     # Numba does not load or finds no folder to keep what it compiles in, or SciPy's BLAS is another than those known
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         return f"Numba cannot be used ({' '.join(str(error).split())[:200]})"
     return ""
 

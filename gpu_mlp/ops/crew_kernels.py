@@ -2,7 +2,7 @@
 
 A leaf: Numba. A *job* is a compiled function, the address of a record of its arguments, and a number of parts: part i
 is ``function(record, i)``. What is handed out is one number in memory, the *word*, which says how many parts there are
-and how many are taken; beside it stands whose they are. `crew` has the threads, `jobs` the functions.
+and how many are taken; beside it stands whose they are. `crew` has the threads, `job_parts` the functions.
 """
 
 from __future__ import annotations

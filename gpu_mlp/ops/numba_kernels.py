@@ -1,6 +1,6 @@
 """The passes that a CPU spends its time in beside the GEMMs, each one loop that LLVM makes into vector code.
 
-A leaf: Numba and NumPy. `jobs` calls them in the place of the NumPy reference's passes, which read and write their
+A leaf: Numba and NumPy. `job_parts` calls them in the place of the NumPy reference's passes, which read and write their
 arrays once an operation; these do so once. They hold no lock, so that several threads run them side by side. Arrays are
 C-order, (rows, n) or flat, all of one type; of a part of the columns they are seen as long as a whole row. Sums over
 rows are added to what stands there.

@@ -21,7 +21,7 @@ from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Loss
 from ..optimizers import SGD, Adam, Optimizer
 from ..regularizers import ElasticNet
-from . import jobs, philox
+from . import job_parts, jobs, philox
 from .crew import crew
 from .exchange import Bucket, Exchange
 from .interface import Dropout, Layout, Recorder, Slot
@@ -189,8 +189,8 @@ class NumbaOperations(NumpyOperations):
     def _code(self, f: Activation, auxiliary: Any) -> int | None:
         """The number of an activation that jobs know."""
         if f.name == "gelu" and self._compute == np.float32:
-            return jobs.GELU if auxiliary is None else jobs.SLOPE
-        return {"identity": jobs.IDENTITY, "relu": jobs.RELU}.get(f.name)
+            return job_parts.GELU if auxiliary is None else job_parts.SLOPE
+        return {"identity": job_parts.IDENTITY, "relu": job_parts.RELU}.get(f.name)
 
     def _multiply(self, a: Array, b: Array, out: Array) -> None:
         self._queue(jobs.product(a, b, out, self._threads))
