@@ -47,8 +47,8 @@ def _record(arrays: str, integers: str = "", reals: str = "") -> np.dtype[Any]:
 _PRODUCT = "m n k lda ldb ldc ta tb by_rows step gemm"
 _DROPOUT = "drop k0 k1 layer first_row"
 PRODUCT = _record("a b c state", _PRODUCT, "alpha beta")
-LAYER = _record("a b c bias h state", f"{_PRODUCT} f {_DROPOUT}", "alpha beta scale")
-GRADIENT = _record("a b c saved sums gb state", f"{_PRODUCT} f accumulate {_DROPOUT}", "alpha beta scale")
+LAYER = _record("a b c bias h state", f"{_PRODUCT} {_DROPOUT}", "alpha beta scale")
+GRADIENT = _record("a b c saved sums gb state", f"{_PRODUCT} accumulate {_DROPOUT}", "alpha beta scale")
 LOSS = _record("z y weight g sums costs state", "rows n step", "smoothing clip")
 SUMS = _record("out terms costs state", "n stride first count costs_count accumulate")
 GATHER = _record("source rows out state", "count length step")
@@ -76,17 +76,18 @@ class _Cache(FunctionCache):
 class Function:
     """What one part of a job does: compiled for a type of numbers when it is first asked for.
 
-    record: the arguments that it reads; define(kind): the function of a record's address and the number of the part.
+    record: the arguments that it reads; define(kind, …): the function of a record's address and the number of the part,
+    for numbers of a kind, and whatever else is settled when it is compiled.
     """
 
-    def __init__(self, record: np.dtype[Any], define: Callable[[Any], Callable[[int, int], None]]) -> None:
+    def __init__(self, record: np.dtype[Any], define: Callable[..., Callable[[int, int], None]]) -> None:
         self.record, self._define = record, define
         self._made: dict[Any, Any] = {}
 
-    def address(self, kind: Any) -> int:
-        """Where the code for numbers of this type lies."""
+    def address(self, *kind: Any) -> int:
+        """Where the code lies."""
         if kind not in self._made:
-            part = self._define(kind)
+            part = self._define(*kind)
             made: Any = CFunc(part, ((types.int64, types.int64), types.void), {}, _OPTIONS)
             made._cache = _Cache(part)
             made.compile()
@@ -94,7 +95,7 @@ class Function:
         return int(self._made[kind].address)
 
 
-def _compiled(record: np.dtype[Any]) -> Callable[[Callable[[Any], Callable[[int, int], None]]], Function]:
+def _compiled(record: np.dtype[Any]) -> Callable[[Callable[..., Callable[[int, int], None]]], Function]:
     return lambda define: Function(record, define)
 
 
@@ -162,21 +163,8 @@ def product(kind: Any) -> Callable[[int, int], None]:
     return part
 
 
-@_inlined
-def _through(f: int, z: Array, bias: Array, h: Array) -> None:
-    """The pass of a layer's forward half; h is z but for gelu."""
-    if f == RELU:
-        numba_kernels.bias_relu(z, bias)
-    elif f == GELU:
-        numba_kernels.bias_gelu(z, bias, h)
-    elif f == SLOPE:
-        numba_kernels.bias_gelu_slope(z, bias, h)
-    else:
-        numba_kernels.bias(z, bias)
-
-
 @_compiled(LAYER)
-def layer(kind: Any) -> Callable[[int, int], None]:
+def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
     """z = h_in Wᵀ + b and h = f(z), with dropout; z lies in C, h there too but for gelu."""
     size = np.dtype(kind).itemsize
 
@@ -188,28 +176,23 @@ def layer(kind: Any) -> Callable[[int, int], None]:
         start, count, columns = (first * r.n, count, r.n) if r.by_rows else (first, r.m, count)
         bias = carray(pointer(r.bias + (0 if r.by_rows else first * size)), (columns,), kind)
         h = carray(pointer(r.h + start * size), (count, r.n), kind)
-        _through(r.f, carray(pointer(r.c + start * size), (count, r.n), kind), bias, h)
-        if r.drop:
+        z = carray(pointer(r.c + start * size), (count, r.n), kind)
+        if f == RELU:
+            numba_kernels.bias_relu(z, bias)
+        elif f == GELU:
+            numba_kernels.bias_gelu(z, bias, h)
+        elif f == SLOPE:
+            numba_kernels.bias_gelu_slope(z, bias, h)
+        else:
+            numba_kernels.bias(z, bias)
+        if drops:
             _drop(r, h, kind(r.scale), first)
 
     return part
 
 
-@_inlined
-def _back(f: int, g: Array, saved: Array, scale: Any, gb: Array) -> None:
-    """The pass of a layer's backward half."""
-    if f == RELU:
-        numba_kernels.relu_gradient(g, saved, scale, gb)
-    elif f == GELU:
-        numba_kernels.gelu_gradient(g, saved, gb)
-    elif f == SLOPE:
-        numba_kernels.slope_gradient(g, saved, gb)
-    else:
-        numba_kernels.column_sums(g, gb)
-
-
 @_compiled(GRADIENT)
-def gradient(kind: Any) -> Callable[[int, int], None]:
+def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
     """gz_in = (gz W) ⊙ f′ in C, through the mask, and its column sums: of a part of the columns into gb, of a part of
     the rows into a row of ``sums``, (parts, 2, n), whose other half is scratch."""
     size = np.dtype(kind).itemsize
@@ -230,9 +213,17 @@ def gradient(kind: Any) -> Callable[[int, int], None]:
             some[:] = 0
             at = (start * n + (0 if r.by_rows else first)) * size
             g = carray(pointer(r.c + at), (rows, n), kind)
-            if r.drop and r.f != RELU:  # where h was dropped relu's is 0, and gz will be
+            saved = carray(pointer(r.saved + at), (rows, n), kind)
+            if drops:
                 _drop(r, g, scale, start)
-            _back(r.f, g, carray(pointer(r.saved + at), (rows, n), kind), scale, some)
+            if f == RELU:
+                numba_kernels.relu_gradient(g, saved, scale, some)
+            elif f == GELU:
+                numba_kernels.gelu_gradient(g, saved, some)
+            elif f == SLOPE:
+                numba_kernels.slope_gradient(g, saved, some)
+            else:
+                numba_kernels.column_sums(g, some)
             for j in range(columns):
                 total[j] += some[j]
         if r.gb:

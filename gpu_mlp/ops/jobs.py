@@ -62,8 +62,8 @@ def layer(
     if not multiplies:
         numbers["k"] = 0
     return _job(
-        job_parts.layer, parts, h.dtype, a=h_in, b=W.T, c=out, bias=b, h=h, state=state, f=f, alpha=1.0, beta=0.0,
-        **numbers, **drop,
+        job_parts.layer, parts, h.dtype, f, "drop" in drop, a=h_in, b=W.T, c=out, bias=b, h=h, state=state, alpha=1.0,
+        beta=0.0, **numbers, **drop,
     )  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def gradient(
     n, apart = len(gb), parts > 1 and bool(numbers["by_rows"])
     sums = np.empty((parts if apart else 1, 2, n), gb.dtype)
     first = _job(
-        job_parts.gradient, parts, gb.dtype, a=gz, b=W, c=gz_in, saved=gz_in if saved is None else saved, sums=sums,
-        gb=None if apart else gb, state=state, f=f, accumulate=accumulate, alpha=1.0, beta=0.0,
+        job_parts.gradient, parts, gb.dtype, f, "drop" in drop, a=gz, b=W, c=gz_in,
+        saved=gz_in if saved is None else saved, sums=sums, gb=None if apart else gb, state=state, accumulate=accumulate, alpha=1.0, beta=0.0,
         **{"scale": 1.0, **numbers, **drop},
     )  # fmt: skip
     return [first, _add_up(gb, sums.reshape(-1, 2 * n), n, accumulate)] if apart else [first]
@@ -181,7 +181,7 @@ def program(jobs: Sequence[Job]) -> Array:
     return np.array([(job.function, address(job.record), job.parts) for job in jobs], np.int64).reshape(-1, 3)
 
 
-def _job(function: Function, parts: int, kind: Any, **arguments: Any) -> Job:
+def _job(function: Function, parts: int, kind: Any, *settled: Any, **arguments: Any) -> Job:
     """A job of a function for numbers of a ``kind``; arguments that are not given are 0."""
     record, arrays = np.zeros((), function.record), {}
     for name, value in arguments.items():
@@ -190,7 +190,7 @@ def _job(function: Function, parts: int, kind: Any, **arguments: Any) -> Job:
             value = address(value)
         if value is not None:
             record[name] = value
-    return Job(function.address(np.dtype(kind).type), record, parts, arrays)
+    return Job(function.address(np.dtype(kind).type, *settled), record, parts, arrays)
 
 
 def _add_up(
