@@ -79,8 +79,8 @@ def gradient(
     sums = np.empty((parts if apart else 1, 2, n), gb.dtype)
     first = _job(
         job_parts.gradient, parts, gb.dtype, f, "drop" in drop, a=gz, b=W, c=gz_in,
-        saved=gz_in if saved is None else saved, sums=sums, gb=None if apart else gb, state=state, accumulate=accumulate, alpha=1.0, beta=0.0,
-        **{"scale": 1.0, **numbers, **drop},
+        saved=gz_in if saved is None else saved, sums=sums, gb=None if apart else gb, state=state,
+        accumulate=accumulate, alpha=1.0, beta=0.0, **{"scale": 1.0, **numbers, **drop},
     )  # fmt: skip
     return [first, _add_up(gb, sums.reshape(-1, 2 * n), n, accumulate)] if apart else [first]
 

@@ -30,6 +30,7 @@ from .numpy_ops import Array, NumpyOperations, blas_threads, keep_probability, o
 from .tape import MOST_TAPES, Entry, Tape, TapeRecorder
 
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
+LONG = 1 << 19  # numbers that are added up faster by the crew
 MICRO_BATCHES = 4  # a lane
 
 
@@ -106,7 +107,8 @@ class NumbaOperations(NumpyOperations):
     # --- a step's frame ---
 
     def all_finite(self, array: Array, dtype: Any = None) -> bool:
-        if dtype is None and type(array) is np.ndarray and array.dtype == self._compute and array.flags.c_contiguous:
+        long = dtype is None and type(array) is np.ndarray and array.size >= LONG
+        if long and array.dtype == self._compute and array.flags.c_contiguous:
             sums: dict[int, tuple[Tape, Array]] = self._own.__dict__.setdefault("sums", {})
             if array.size not in sums:
                 if len(sums) == MOST_TAPES:
