@@ -1,7 +1,7 @@
 """Threads that stay awake between the parts of a step: they share its jobs, and whatever else is cut into parts.
 
 Leans on `crew_kernels`, and on `jobs` for products. To wake a thread that sleeps takes a tenth of a millisecond, as
-long as a small product; so ours look for work for half a millisecond before they fall asleep, without Python's lock and
+long as a small product; so ours look for work for a millisecond before they fall asleep, without Python's lock and
 giving way to any other program. A BLAS has such threads too, but its products wait for the slowest of them, and what
 comes between two products has to wake others.
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from . import crew_kernels as kernels
 from . import jobs, sharing
 
-LOOKS = 15_000  # for work, before a thread falls asleep: half a millisecond
+LOOKS = 30_000  # for work, before a thread falls asleep: a millisecond
 
 
 class Crew:
