@@ -304,6 +304,29 @@ def test_a_step_that_is_replayed_has_the_bits_of_one_that_is_not(options, dtype,
     assert not hasattr(plain._recorder, "_tapes")
 
 
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_both_gradients_of_a_layer_are_one_job(threads, monkeypatch):
+    """Its parts are those of both products, and the numbers are those of one after the other."""
+    monkeypatch.setattr(jobs, "PART_FLOP", 1)
+    rng, work = np.random.default_rng(0), NumbaOperations(precision.get("float64"))
+    gz, W, h = rng.normal(size=(200, 30)), rng.normal(size=(30, 40)), rng.normal(size=(200, 40))
+    gz_in, gb, gW, state = np.empty((200, 40)), np.empty(40), np.empty((30, 40)), work.zeros(len(Slot), np.float64)
+
+    def both():
+        with work.independent():
+            work.input_gradient(gz, W, activations.get("relu", "f"), h, None, gz_in, gb, False, state)
+            work.weight_gradient(gz, h, gW, False)
+
+    with work._sharing_products(threads), numpy_ops.one_blas_thread():
+        written = work._writing_down(both)
+        assert len(written[0].inner) == 2
+        assert written[0].parts == sum(job.parts for job in written[0].inner) <= threads
+        both()
+    np.testing.assert_allclose(gz_in, (gz @ W) * (h > 0), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(gb, gz_in.sum(0), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(gW, gz.T @ h, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_a_replayed_step_reads_the_batch_that_it_is_given(activation):
     """Batches that lie elsewhere every time, in other types and orders, of other lengths, and in one array."""

@@ -58,6 +58,7 @@ ADAM = _record("theta g m v state", "n step decoupled epsilon_hat", "l1 l2 clip_
 PENALTY = _record("theta costs", "n step dot", "l1 l2")
 FINISH = _record("state", "rows")
 LANES = _record("programs", "count")
+BESIDE = _record("table", "count")
 LANE_STATE = _record("source out")
 ADD = _record("g out", "n step")
 TOTAL = _record("x costs", "n step")
@@ -424,6 +425,22 @@ def lanes(kind: Any) -> Callable[[int, int], None]:
         for i in range(program.shape[0]):
             for j in range(program[i, 2]):
                 invoke(program[i, 0], program[i, 1], np.int64(j))
+
+    return part
+
+
+@_compiled(BESIDE)
+def beside(kind: Any) -> Callable[[int, int], None]:
+    """A part of one of several jobs, whose parts are counted through."""
+
+    def part(record: int, index: int) -> None:
+        r = carray(pointer(record), (1,), BESIDE)[0]
+        table = carray(pointer(r.table), (r.count, 3), kind)
+        for i in range(r.count):
+            if index < table[i, 2]:
+                invoke(table[i, 0], table[i, 1], np.int64(index))
+                return
+            index -= table[i, 2]
 
     return part
 

@@ -22,7 +22,7 @@ from .job_parts import Function
 Array = NDArray[Any]
 PART_FLOP = 500_000  # of a part of rows that is worth handing out; of columns, twice as many
 PASS_PART, LOSS_PART = 20_000, 2_000  # elements of a pass, or of one with an exponential each, that are worth a part
-MANY, THIN = 256, 64  # rows from which on, and k up to which, a product is cut by rows
+MANY, THIN = 256, 64  # rows of gW from which on, and k up to which, a product is cut by rows
 ROW_MULTIPLE = 16  # parts end at a multiple of what a BLAS kernel takes at once
 
 
@@ -164,6 +164,13 @@ def lanes(work: Sequence[Sequence[Job]], states: Sequence[Array], g: Sequence[Ar
     return [*begin, beside._replace(inner=inner), *end, *(add(gradient, g[0], threads) for gradient in g[1:])]
 
 
+def beside(work: Sequence[Job]) -> Job:
+    """Jobs that do not look at each other's results, as one: nobody waits between them."""
+    table = program(work)
+    made = _job(job_parts.beside, sum(job.parts for job in work), np.int64, table=table, count=len(work))
+    return made._replace(inner=tuple(work))
+
+
 def add(g: Array, out: Array, threads: int) -> Job:
     """out ← out + g, both flat."""
     parts, step = _ranges(g.size, g.size, threads, PASS_PART)
@@ -211,11 +218,14 @@ def _add_up(
 
 
 def _cut(a: Array, b: Array, out: Array, threads: int, whole_rows: bool = False) -> tuple[dict[str, Any], int]:
-    """A product's numbers in a record, and its parts: of rows, or where there are few of them of columns, so that no
-    factor gets too thin. Every part packs the other factor for itself."""
+    """A product's numbers in a record, and its parts: of rows, or of columns where there are fewer rows.
+
+    Every part packs the whole of the other factor for itself, which should therefore be the smaller one; but of gW, a
+    sum over the batch, parts of the rows were faster even so.
+    """
     (m, n), k = out.shape, a.shape[1]
     ta, tb = not a.flags.c_contiguous, not b.flags.c_contiguous
-    by_rows = whole_rows or m >= min(n, MANY) or k < THIN
+    by_rows = whole_rows or k < THIN or m >= (min(n, MANY) if ta else n)
     worth = PART_FLOP if by_rows else 2 * PART_FLOP
     parts = max(1, min(threads, 2 * m * n * k // worth, MOST_PARTS))
     length = m if by_rows else n

@@ -67,6 +67,7 @@ class NumbaOperations(NumpyOperations):
 
     def _queue(self, *work: Job) -> None:
         """Do some jobs, now or in a step that is written down."""
+        self._queue_held()
         if (entries := self._entries) is None:
             crew().do(work)
         else:
@@ -74,10 +75,48 @@ class NumbaOperations(NumpyOperations):
 
     def _queue_call(self, call: Callable[..., object], *arguments: Any) -> None:
         """The same for what is no job."""
+        self._queue_held()
         if (entries := self._entries) is None:
             call(*arguments)
         else:
             entries.append(functools.partial(call, *arguments))
+
+    def _queue_shared(self, make: Callable[[int], Sequence[Job]]) -> None:
+        """Jobs of which the first is a product, made for a number of threads; it may have to wait for a second one."""
+        held = self._held
+        if held is None or self._threads < 2:
+            self._queue(*make(self._threads))
+        else:
+            held.append(make)
+
+    @property
+    def _held(self) -> list[Callable[[int], Sequence[Job]]] | None:
+        """What waits for its neighbour; None where nothing has to."""
+        return getattr(self._own, "held", None)
+
+    def _queue_held(self) -> None:
+        """Queue what has waited: two products beside each other, each on half of the threads."""
+        held = self._held
+        if not held:
+            return
+        self._own.held = None
+        if len(held) == 2:
+            half = self._threads // 2
+            (one, *after_one), (other, *after_other) = held[0](half), held[1](self._threads - half)
+            self._queue(jobs.beside([one, other]), *after_one, *after_other)
+        else:
+            for make in held:
+                self._queue(*make(self._threads))
+        self._own.held = []
+
+    @contextmanager
+    def independent(self) -> Iterator[None]:
+        self._own.held = []
+        try:
+            yield
+            self._queue_held()
+        finally:
+            self._own.held = None
 
     # --- settings ---
 
@@ -260,13 +299,15 @@ class NumbaOperations(NumpyOperations):
             drop = {"scale": drop.get("scale", 1.0)}
         if not self.fuses:
             self._multiply(gz, W, gz_in)
-        self._queue(
-            *jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, self._threads, self.fuses)
-        )  # fmt: skip
+            self._queue(*jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, self._threads, False))
+            return
+        self._queue_shared(
+            lambda threads: jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, threads)
+        )
 
     def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
         if gz.size and h_in.size:
-            self._queue(jobs.product(gz.T, h_in, gW, self._threads, beta=float(accumulate)))
+            self._queue_shared(lambda threads: [jobs.product(gz.T, h_in, gW, threads, beta=float(accumulate))])
         else:
             self._queue_call(super().weight_gradient, gz, h_in, gW, accumulate)
 
