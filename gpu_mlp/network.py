@@ -448,7 +448,7 @@ class MLP:
         """The four arguments of a cost, checked against the network and each other, each still where it was.
 
         Labels come as int64, other targets in the master type, weights as float64. Without ``look`` the values of what
-        is on the device are not looked at, which would mean waiting.
+        is on the device are not looked at, which would mean waiting, nor those of x where the operations watch it.
         """
         loss = losses.get(loss)
         loss.check_output(self.output, self.sizes[-1])
@@ -469,7 +469,10 @@ class MLP:
                 raise ValueError(f"x: an entry is not finite, or too large for {storage.name}")
             return x
         checks.on_host("x", x)
-        x = checks.matrix("x", x, self.sizes[0], self._ops.all_finite if self.device == "cpu" else None)
+        if look or not self._ops.watches:
+            x = checks.matrix("x", x, self.sizes[0], self._ops.all_finite if self.device == "cpu" else None)
+        else:
+            x = checks.matrix("x", x, self.sizes[0], lambda unseen: True)
         checks.fits("x", x, storage)
         return x
 

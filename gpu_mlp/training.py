@@ -130,16 +130,18 @@ class Trainer:
         if isinstance(self.optimizer, LBFGS):
             raise ValueError("optimizer: L-BFGS works on the whole data set; use fit, not step")
         ops = self.net._ops
-        x, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss, look=False)
+        whole, y, w, _ = self.net._check_batch(x, y, sample_weight, self.loss, look=False)
         self._agree()
         self.net._refresh()
-        rows, own = len(x), self.ranks.part(len(x))
-        x, y, w = x[own], y[own], None if w is None else w[own]
+        rows, own = len(whole), self.ranks.part(len(whole))
+        x, y, w = whole[own], y[own], None if w is None else w[own]
         feed = self._single(x, y, w)
         with self._tuned(rows):
             feed.put(x, y, w)
             self._step(feed, rows, 0, self.schedule)
         if not ops.waits or self.rounds % LOOK_EVERY == 0:
+            if ops.watches:
+                self._refuse_input(whole)
             self._refuse_divergence(feed)
         if self.rounds % LOOK_EVERY == 0:  # until then the next cost tells
             self._refuse_bad_weights()
@@ -169,6 +171,8 @@ class Trainer:
         own = self.ranks.part(rows)
         x, y, w = feed.fetch(own.stop - own.start, state)
         lanes = self._lanes(own.stop - own.start)
+        if ops.watches and isinstance(feed, Single):  # what else feeds a step has been looked at
+            ops.watch(x, state)
         self._begin_cost(y, w, rows)
         self._early = self._early_layers(own.stop - own.start)
         if self._reduction is not None:
@@ -680,6 +684,14 @@ class Trainer:
         """The masks of every layer for the micro-batch that begins at ``first_row``; the output layer has none."""
         rates = (*self.net.dropout, 0.0)
         return [Dropout(rate, self.net.seed, l, first_row) if rate else None for l, rate in enumerate(rates)]
+
+    def _refuse_input(self, x: Array) -> None:
+        """Raise ValueError if it was x, (batch, n_0), that made a step's cost not finite; it counts as none then."""
+        ops = self.net._ops
+        if ops.read_state(self._state, Slot.BAD_ROUND) and not ops.all_finite(x):
+            ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
+            self.rounds -= 1
+            checks.finite("x", x)
 
     def _refuse_divergence(self, feed: Feed) -> None:
         """Raise Diverged if a step's cost or gradient norm was not finite; nothing has been updated since then."""

@@ -347,6 +347,40 @@ def test_a_replayed_step_reads_the_batch_that_it_is_given(activation):
     assert coders[0].net.theta.tobytes() == coders[1].net.theta.tobytes()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": SGD(lr=0.1)},
+        {"dropout": 0.3, "regularizer": L2(1e-3), "average": EMA(0.9)},
+        {"activation": "tanh", "accumulate": 3, "optimizer": "rmsprop"},
+        {"lanes": lambda rows: (2, min(200, rows))},
+    ],
+    ids=["sgd", "average", "micro-batches", "lanes"],
+)
+def test_a_step_on_bad_input_is_refused_as_if_it_had_not_come(bad, options, monkeypatch):
+    thetas = []
+    for comes in (True, False):
+        trainer, _ = trained(**{"lanes": None, **options}, monkeypatch=monkeypatch, dtype="float32")
+        x, y = problem()
+        if comes:
+            spoilt = x.copy()
+            spoilt[-1, 3] = bad
+            with pytest.raises(ValueError, match=f"x: row {len(x) - 1}, column 3 is {bad}"):
+                trainer.step(spoilt, y)
+        trainer.step(x, y)
+        thetas.append((trainer.net.theta.tobytes(), trainer.rounds, *map(bytes, trainer.moments.values())))
+    assert thetas[0] == thetas[1]
+
+
+def test_large_numbers_whose_sum_overflows_are_no_bad_input():
+    x = np.full((4, 600_000), np.float32(1e36))
+    trainer = Trainer(MLP([600_000, 2], init=lambda rng, shape: np.zeros(shape)), optimizer=SGD(0.0))
+    with np.errstate(over="ignore"):
+        assert not np.isfinite(x.sum())
+    assert float(trainer.step(x, np.zeros((4, 2)))) == 0.0
+
+
 def test_no_batch_is_kept_for_as_long_as_a_recording():
     trainer = Trainer(MLP([8, 16, 8], output="softmax"))
     kept = []

@@ -166,6 +166,7 @@ class Operations(abc.ABC):
     device: str
     precision: Precision
     waits: bool  # whether reading the state waits for the device
+    watches = False  # whether `watch` sees what is not finite, so that nobody has to look before a step
     out_of_memory: type[Exception] = MemoryError  # what is raised where an array cannot be allocated
 
     # --- arrays ---
@@ -294,6 +295,10 @@ class Operations(abc.ABC):
     @abc.abstractmethod
     def activate(self, f: Activation, z: Array, h: Array) -> None:
         """h = f(z), both (batch, n); ``h`` may be ``z`` itself."""
+
+    def watch(self, x: Array, state: Array) -> None:
+        """COST ← NaN where a number of x is not finite, so that the step is not applied. x: (batch, n_0)."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:

@@ -62,6 +62,7 @@ BESIDE = _record("table", "count")
 LANE_STATE = _record("source out")
 ADD = _record("g out", "n step")
 TOTAL = _record("x costs", "n step")
+WATCH = _record("x costs state", "n count")
 
 
 # --- one part of each ----------------------------------------------------------------------------------------------
@@ -484,5 +485,24 @@ def total(kind: Any) -> Callable[[int, int], None]:
         first, count = _part(r.n, r.step, index)
         found = numba_kernels.total(carray(pointer(r.x + first * size), (count,), kind))
         carray(pointer(r.costs), (index + 1,), np.float64)[index] = found
+
+    return part
+
+
+@_compiled(WATCH)
+def watch(kind: Any) -> Callable[[int, int], None]:
+    """COST ← NaN where x has a number that is not finite; its sums are in ``costs``, which may only have overflown."""
+
+    def part(record: int, index: int) -> None:
+        r = carray(pointer(record), (1,), WATCH)[0]
+        whole = 0.0
+        for found in carray(pointer(r.costs), (r.count,), np.float64):
+            whole += found
+        if np.isfinite(whole):
+            return
+        for number in carray(pointer(r.x), (r.n,), kind):
+            if not np.isfinite(number):
+                carray(pointer(r.state), (_STATE,), np.float64)[_COST] = np.nan
+                return
 
     return part

@@ -183,6 +183,13 @@ def total(x: Array, threads: int) -> Job:
     return _job(job_parts.total, parts, x.dtype, x=x, costs=np.empty(parts), n=x.size, step=step)
 
 
+def watch(x: Array, state: Array, threads: int) -> list[Job]:
+    """`Operations.watch`. x: C-order."""
+    sums = total(x, threads)
+    costs = sums.arrays["costs"]
+    return [sums, _job(job_parts.watch, 1, x.dtype, x=x, costs=costs, state=state, n=x.size, count=len(costs))]
+
+
 def program(jobs: Sequence[Job]) -> Array:
     """What the crew runs: (jobs, 3) int64, of addresses in the jobs, which have to be kept."""
     return np.array([(job.function, address(job.record), job.parts) for job in jobs], np.int64).reshape(-1, 3)

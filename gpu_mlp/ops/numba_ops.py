@@ -37,6 +37,7 @@ MICRO_BATCHES = 4  # a lane
 class NumbaOperations(NumpyOperations):
     """`NumpyOperations` as jobs; the types that it stores in are those that it computes in."""
 
+    watches = True
     part_elements = 100_000  # the crew is awake
     fuses = True  # a layer's product and its pass in one job; apart they can be timed
 
@@ -189,6 +190,10 @@ class NumbaOperations(NumpyOperations):
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
         self._queue_call(super().write_state, state, values)
+
+    def watch(self, x: Array, state: Array) -> None:
+        if x.size:
+            self._queue(*jobs.watch(x, state, self._beside))
 
     def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:
         weighted = sample_weight is not None and sample_weight.dtype != np.float64
