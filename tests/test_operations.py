@@ -1000,6 +1000,25 @@ def check_total_weight(bench, rows):
         assert_close(bench.read(state, Slot.TOTAL_WEIGHT), expected, 1e-12)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 257])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+def test_watch(bench, rows, bad):
+    """Of the implementations that have it; for the others somebody looks before a step."""
+    x = bench.ops.zeros((rows, 7), bench.ops.precision.storage_dtype)
+    state = bench.state(COST=2.5)
+    if not bench.ops.watches:
+        with pytest.raises(NotImplementedError):
+            bench.ops.watch(x, state)
+        return
+    x[...] = np.finfo(x.dtype).max / 2  # whose sum is not finite
+    if bad is not None:
+        x[rows // 2 :, 3] = bad
+    with only_writes(bench, locals(), slots=[Slot.COST]):
+        bench.ops.watch(x, state)
+    spoilt = bad is not None and rows > 0
+    np.testing.assert_equal(bench.read(state, Slot.COST), math.nan if spoilt else 2.5)
+
+
 # --- backward ----------------------------------------------------------------------------------------------------
 
 
