@@ -11,7 +11,7 @@ import math
 import numbers
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -117,17 +117,15 @@ def boolean(argument: str, value: Any) -> bool:
     return bool(value)
 
 
-def matrix(
-    argument: str, value: Any, columns: int | None = None, all_finite: Callable[[np.ndarray], bool] | None = None
-) -> np.ndarray:
-    """``value`` as a (batch, columns) array of finite real numbers, in the dtype it came in; batch may be 0.
+def matrix(argument: str, value: Any, columns: int | None = None, look: bool = True) -> np.ndarray:
+    """``value`` as a (batch, columns) array of real numbers, in the dtype it came in; batch may be 0.
 
-    all_finite: what looks whether they are, in the place of this module's own.
+    look: whether the numbers have to be finite; without it somebody else looks.
     """
     unmasked(argument, value)
     array = np.asarray(value)
     shape(argument, array, columns)
-    if all_finite is None or not all_finite(array):
+    if look:
         finite(argument, array)
     return array
 

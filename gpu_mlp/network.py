@@ -469,10 +469,7 @@ class MLP:
                 raise ValueError(f"x: an entry is not finite, or too large for {storage.name}")
             return x
         checks.on_host("x", x)
-        if look or not self._ops.watches:
-            x = checks.matrix("x", x, self.sizes[0], self._ops.all_finite if self.device == "cpu" else None)
-        else:
-            x = checks.matrix("x", x, self.sizes[0], lambda unseen: True)
+        x = checks.matrix("x", x, self.sizes[0], look or not self._ops.watches)
         checks.fits("x", x, storage)
         return x
 

@@ -47,8 +47,8 @@ def _record(arrays: str, integers: str = "", reals: str = "") -> np.dtype[Any]:
 _PRODUCT = "m n k lda ldb ldc ta tb by_rows step gemm"
 _DROPOUT = "drop k0 k1 layer first_row"
 PRODUCT = _record("a b c state", _PRODUCT, "alpha beta")
-LAYER = _record("a b c bias h state", f"{_PRODUCT} {_DROPOUT}", "alpha beta scale")
-GRADIENT = _record("a b c saved sums gb state", f"{_PRODUCT} accumulate {_DROPOUT}", "alpha beta scale")
+LAYER = _record("a b c bias h state", f"{_PRODUCT} {_DROPOUT}", "scale")
+GRADIENT = _record("a b c saved sums gb state", f"{_PRODUCT} accumulate {_DROPOUT}", "scale")
 LOSS = _record("z y weight g sums costs state", "rows n step", "smoothing clip")
 SUMS = _record("out terms costs state", "n stride first count costs_count accumulate")
 GATHER = _record("source rows out state", "count length step")
@@ -174,7 +174,7 @@ def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
         r = carray(pointer(record), (1,), LAYER)[0]
         first, count = _part(r.m if r.by_rows else r.n, r.step, index)
         if r.k:
-            _multiply(r, size, kind(r.alpha), kind(r.beta), first, count)
+            _multiply(r, size, kind(1), kind(0), first, count)
         start, count, columns = (first * r.n, count, r.n) if r.by_rows else (first, r.m, count)
         bias = carray(pointer(r.bias + (0 if r.by_rows else first * size)), (columns,), kind)
         h = carray(pointer(r.h + start * size), (count, r.n), kind)
@@ -204,7 +204,7 @@ def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
         whole, n = r.m if r.by_rows else r.n, r.n
         first, count = _part(whole, r.step, index)
         if r.k:
-            _multiply(r, size, kind(r.alpha), kind(r.beta), first, count)
+            _multiply(r, size, kind(1), kind(0), first, count)
         scale, columns = kind(r.scale), n if r.by_rows else count
         room = carray(pointer(r.sums + 2 * size * (index * n if r.by_rows else first)), (2, columns), kind)
         some, total = room[0], room[1]

@@ -62,8 +62,8 @@ def layer(
     if not multiplies:
         numbers["k"] = 0
     return _job(
-        job_parts.layer, parts, h.dtype, f, "drop" in drop, a=h_in, b=W.T, c=out, bias=b, h=h, state=state, alpha=1.0,
-        beta=0.0, **numbers, **drop,
+        job_parts.layer, parts, h.dtype, f, "drop" in drop, a=h_in, b=W.T, c=out, bias=b, h=h, state=state,
+        **numbers, **drop,
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def gradient(
     first = _job(
         job_parts.gradient, parts, gb.dtype, f, "drop" in drop, a=gz, b=W, c=gz_in,
         saved=gz_in if saved is None else saved, sums=sums, gb=None if apart else gb, state=state,
-        accumulate=accumulate, alpha=1.0, beta=0.0, **{"scale": 1.0, **numbers, **drop},
+        accumulate=accumulate, **{"scale": 1.0, **numbers, **drop},
     )  # fmt: skip
     return [first, _add_up(gb, sums.reshape(-1, 2 * n), n, accumulate)] if apart else [first]
 

@@ -8,7 +8,6 @@ down it is a call.
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,16 +20,15 @@ from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Loss
 from ..optimizers import SGD, Adam, Optimizer
 from ..regularizers import ElasticNet
-from . import job_parts, jobs, philox
+from . import job_parts, jobs, philox, sharing
 from .crew import crew
 from .exchange import Bucket, Exchange
 from .interface import Dropout, Layout, Recorder, Slot
 from .jobs import Job
 from .numpy_ops import Array, NumpyOperations, blas_threads, keep_probability, one_blas_thread, penalised_parts
-from .tape import MOST_TAPES, Entry, Tape, TapeRecorder
+from .tape import Entry, TapeRecorder
 
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
-LONG = 1 << 19  # numbers that are added up faster by the crew
 MICRO_BATCHES = 4  # a lane
 
 
@@ -43,7 +41,7 @@ class NumbaOperations(NumpyOperations):
 
     def __init__(self, precision: Any) -> None:
         super().__init__(precision)
-        self._own = threading.local()  # a thread's: what it writes down, and how it adds up batches
+        self._own = threading.local()  # a thread's: what it writes down, and what waits
 
     # --- now or later ---
 
@@ -132,7 +130,7 @@ class NumbaOperations(NumpyOperations):
     @contextmanager
     def tuned_for(self, flop: int, lanes: int = 1) -> Iterator[None]:
         before = self._threads, self._beside
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"), one_blas_thread():
+        with np.errstate(**sharing.QUIET), one_blas_thread():
             threads = blas_threads()
             shared = lanes == 1 and threads > 1 and flop >= 2 * jobs.PART_FLOP
             self._threads, self._beside = (threads, threads) if shared else (1, lanes)
@@ -145,22 +143,6 @@ class NumbaOperations(NumpyOperations):
         return SLOPES if f.name == "gelu" and self._compute == np.float32 else None
 
     # --- a step's frame ---
-
-    def all_finite(self, array: Array, dtype: Any = None) -> bool:
-        long = dtype is None and type(array) is np.ndarray and array.size >= LONG
-        if long and array.dtype == self._compute and array.flags.c_contiguous:
-            sums: dict[int, tuple[Tape, Array]] = self._own.__dict__.setdefault("sums", {})
-            if array.size not in sums:
-                if len(sums) == MOST_TAPES:
-                    sums.clear()
-                job = jobs.total(array, blas_threads())
-                sums[array.size] = Tape([job], [array]), job.arrays["costs"]
-            tape, found = sums[array.size]
-            tape.move([array])
-            tape.run()
-            if math.isfinite(sum(found.tolist())):
-                return True
-        return super().all_finite(array, dtype)
 
     def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
         if len(states) == 1:
@@ -196,11 +178,10 @@ class NumbaOperations(NumpyOperations):
             self._queue(*jobs.watch(x, state, self._beside))
 
     def total_weight(self, loss: Loss, y: Array, sample_weight: Array | None, state: Array) -> None:
-        weighted = sample_weight is not None and sample_weight.dtype != np.float64
-        if weighted or getattr(loss, "class_weight", None) is not None:
-            self._queue_call(super().total_weight, loss, y, sample_weight, state)
-        else:
+        if _weighs_rows_alone(loss, sample_weight):
             self._queue(jobs.total_weight(len(y), sample_weight, state))
+        else:
+            self._queue_call(super().total_weight, loss, y, sample_weight, state)
 
     def finish_step(self, rows: int, state: Array) -> None:
         self._queue(jobs.finish_step(rows, state))
@@ -261,8 +242,7 @@ class NumbaOperations(NumpyOperations):
         if (
             not (labels and h.size)
             or not isinstance(loss, (CrossEntropy, NLL))
-            or loss.class_weight is not None
-            or (sample_weight is not None and sample_weight.dtype != np.float64)
+            or not _weighs_rows_alone(loss, sample_weight)
         ):
             self._queue_call(
                 super().loss_and_gradient, loss, f, from_z, h, z, y, sample_weight, gz, gb, accumulate, state
@@ -302,13 +282,15 @@ class NumbaOperations(NumpyOperations):
         drop = {} if dropout is None else _mask(dropout)
         if f.name == "relu":  # where h was dropped it is 0, and so will gz be
             drop = {"scale": drop.get("scale", 1.0)}
-        if not self.fuses:
+
+        def make(threads: int) -> list[Job]:
+            return jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, threads, self.fuses)
+
+        if self.fuses:
+            self._queue_shared(make)
+        else:
             self._multiply(gz, W, gz_in)
-            self._queue(*jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, self._threads, False))
-            return
-        self._queue_shared(
-            lambda threads: jobs.gradient(gz, W, code, saved, drop, gz_in, gb, accumulate, state, threads)
-        )
+            self._queue(*make(self._threads))
 
     def weight_gradient(self, gz: Array, h_in: Array, gW: Array, accumulate: bool) -> None:
         if gz.size and h_in.size:
@@ -431,6 +413,12 @@ class _Queued(Exchange):
 
     def sum_state(self, state: Array, slot: Slot, squares: bool = False) -> None:
         self._queue(self._inner.sum_state, state, slot, squares)
+
+
+def _weighs_rows_alone(loss: Loss, sample_weight: Array | None) -> bool:
+    """Whether a row's weight is the sample's, as jobs read it, and no class has one."""
+    as_read = sample_weight is None or sample_weight.dtype == np.float64
+    return as_read and getattr(loss, "class_weight", None) is None
 
 
 def _mask(dropout: Dropout) -> dict[str, float]:

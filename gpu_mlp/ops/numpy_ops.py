@@ -694,7 +694,7 @@ class _ColumnSums:
 @contextmanager
 def quiet(*inner: AbstractContextManager[None]) -> Iterator[None]:
     """Without NumPy's warnings of numbers that are not finite, which the state tells of, inside other contexts."""
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"), ExitStack() as stack:
+    with np.errstate(**sharing.QUIET), ExitStack() as stack:
         for context in inner:
             stack.enter_context(context)
         yield
@@ -714,8 +714,9 @@ def one_blas_thread() -> Iterator[None]:
     if not _ONE_BLAS_THREAD.acquire(blocking=False):
         yield  # limited already, by this thread or another
         return
-    before = [(threads(), limit) for threads, limit in _blas_limits()]
+    before: list[tuple[int, Callable[[int], object]]] = []
     try:
+        before += ((threads(), limit) for threads, limit in _blas_limits())
         _before_the_limit = min((threads for threads, _ in before), default=1)
         for threads, limit in before:
             if threads > 1:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PART_FLOP = 16_000_000  # a part of fewer operations costs more to hand out than it saves
+QUIET: Any = {"over": "ignore", "invalid": "ignore", "divide": "ignore"}  # the state tells of what is not finite
 ROW_MULTIPLE = 16  # parts end at a multiple of what a BLAS kernel takes at once
 
 _pool: ThreadPoolExecutor | None = None
@@ -61,7 +62,7 @@ def for_each(blocks: Iterable[Any], work: Callable[[Any], object], threads: int)
 
 def in_turn(blocks: Iterable[Any], work: Callable[[Any], object]) -> None:
     """Call ``work(block)`` for every block, on this thread."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # the caller's settings are its thread's own
+    with np.errstate(**QUIET):  # the caller's settings are its thread's own
         for block in blocks:
             work(block)
 

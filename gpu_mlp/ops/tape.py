@@ -6,6 +6,7 @@ state, and arrays stay where they are, all but those that a step is handed anew.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -25,18 +26,10 @@ class Tape:
 
     def __init__(self, entries: Sequence[Entry], moving: Sequence[Array]) -> None:
         self.entries = entries
-        self._segments: list[tuple[Any, int, list[Job]] | Callable[[], object]] = []
-        for entry in entries:
-            if not isinstance(entry, Job):
-                self._segments.append(entry)
-            elif self._segments and isinstance(self._segments[-1], tuple):
-                self._segments[-1][2].append(entry)
-            else:
-                self._segments.append((None, 0, [entry]))
-        self._segments = [
-            (program(part[2]), max(job.parts for job in part[2]), part[2]) if isinstance(part, tuple) else part
-            for part in self._segments
-        ]
+        self._calls: list[Callable[[], object]] = []
+        for together, run in itertools.groupby(entries, lambda entry: isinstance(entry, Job)):
+            mine: list[Any] = list(run)
+            self._calls += [_at_once(mine)] if together else mine
         self._places = [(address(array), max(1, array.nbytes)) for array in moving]
         self._moving = [
             (job, name, number)
@@ -68,11 +61,14 @@ class Tape:
 
     def run(self) -> None:
         """Do it all."""
-        for part in self._segments:
-            if isinstance(part, tuple):
-                crew().run(part[0], part[1])
-            else:
-                part()
+        for call in self._calls:
+            call()
+
+
+def _at_once(jobs: Sequence[Job]) -> Callable[[], None]:
+    """What does these jobs, which have to be kept."""
+    written, parts = program(jobs), max(job.parts for job in jobs)
+    return lambda: crew().run(written, parts)  # the crew of a forked process is another one
 
 
 class TapeRecorder(Recorder):
