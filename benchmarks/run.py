@@ -54,8 +54,8 @@ from gpu_mlp.bench.records import Records  # noqa: E402
 PARTS = {
     "cuda": {"tests": 230, "sanitizer": 140, "kernels": 45, "gemms": 60, "overhead": 30, "steps": 300, "breakdown": 30,
              "memory": 200, "accuracy": 60, "scaling": 120},
-    "cpu": {"kernels": 30, "gemms": 60, "overhead": 60, "steps": 1500, "breakdown": 90, "memory": 300, "accuracy": 150,
-            "scaling": 400, "estimators": 40},
+    "cpu": {"kernels": 30, "gemms": 60, "overhead": 60, "steps": 1400, "breakdown": 90, "memory": 300, "accuracy": 150,
+            "scaling": 700, "estimators": 40},
 }  # fmt: skip
 EVERY = tuple(dict.fromkeys([*PARTS["cuda"], *PARTS["cpu"]]))
 ENOUGH = {"cpu": 60.0, "cuda": 30.0}  # seconds that a step with all its peers may need; with fewer none is begun

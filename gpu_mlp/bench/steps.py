@@ -21,8 +21,8 @@ from .tasks import Expected, Task
 SAMPLE_SECONDS = 0.06  # a sample is as many steps as fit, and one at least
 LONG_STEP = 0.25  # seconds; before a sample of shorter ones come steps that are not timed,
 WAKE_SECONDS = 0.03  # for so long
-ROUNDS = (5, 25)
-SECONDS = 12.0  # of one task's rounds
+ROUNDS = {"cpu": (9, 25), "cuda": (5, 25)}  # of one task, the fewest and the most,
+SECONDS = {"cpu": 20.0, "cuda": 12.0}  # and how long there are more than the fewest
 HEADROOM = 0.8  # of the free memory, for all contenders together
 PEER_MEMORY = 1.6  # times the memory that this library plans for a step: what a peer is reckoned to take
 FLOOR = "bare GEMMs"
@@ -31,11 +31,11 @@ FLOOR = "bare GEMMs"
 def measure(
     task: Task,
     names: Sequence[str],
-    seconds: float = SECONDS,
-    rounds: tuple[int, int] = ROUNDS,
+    seconds: float | None = None,
+    rounds: tuple[int, int] | None = None,
     rehearsal: bool = False,
 ) -> dict[str, Any]:
-    """The record of one task: what everybody took, and every ratio.
+    """The record of one task: what everybody took, and every ratio; seconds, rounds: None takes the device's own.
 
     ``contenders`` has by name the spread of seconds a step, of the host's part of them, the samples, and how right the
     result was; ``over_floor`` and ``over_ours`` by name the spreads of ratios; ``absent`` by name why somebody did not
@@ -50,7 +50,9 @@ def measure(
     record["interleaved"] = "in one process, all at once" if together else "in one process, one at a time"
     turns = _turns(task, right) if together else _one_at_a_time(task, right)
     others = machine.Bystanders()
-    samples, floors = _rounds(task, turns, seconds, rounds if together else (3, 3))
+    seconds = SECONDS[task.device] if seconds is None else seconds
+    rounds = (rounds or ROUNDS[task.device]) if together else (3, 3)
+    samples, floors = _rounds(task, turns, seconds, rounds)
     if not rehearsal:
         record |= figures(samples, floors, task) | {"bystanders": others.processors()}
         for name, told in record["contenders"].items():
@@ -90,7 +92,7 @@ def admit(
 def check(task: Task, contender: Contender, reference: Expected) -> dict[str, Any]:
     """A fresh contender's first updates against the reference's."""
     batch = contender.put(*task.data())
-    losses = [contender.number(contender.step(*batch)) for _ in range(tasks.CHECK_STEPS)]
+    losses = [contender.number(contender.step(*batch)) for _ in range(task.check_steps)]
     return tasks.judge(task, reference, losses, contender.parameters())
 
 

@@ -17,9 +17,10 @@ Weights = list[tuple[NDArray[Any], NDArray[Any]]]
 
 OPTIMIZERS = {"sgd": SGD(lr=0.05), "adam": Adam(lr=1e-4), "adamw": AdamW(lr=1e-4, weight_decay=0.01)}
 TAME = {"sgd": 256, "adam": 2048, "adamw": 2048}  # the width beyond which a rule overshoots unless its rate shrinks
-CHECK_STEPS = 4
+CHECK_STEPS = 4  # updates that are compared with the reference's,
+DEEP = 32  # and one of more layers than these: without shortcuts they enlarge rounding from update to update
 CHECK_FLOP = 1e11  # of one step of a network in float64 that is waited for
-# How far losses, and the way that all parameters have come in CHECK_STEPS, may be from the reference: relative errors.
+# How far losses, and the way that all parameters have come in those updates, may be from the reference: relative errors.
 # Adam divides a gradient by its own size, so where one is all rounding its direction is chance; hence the wide second.
 TOLERANCE = {
     "float64": (1e-10, 1e-6),
@@ -89,6 +90,11 @@ class Task:
         lr = rule.lr * min(1.0, tame / max(self.sizes)) if self.lr is None else self.lr
         return dataclasses.replace(rule, lr=lr)
 
+    @property
+    def check_steps(self) -> int:
+        """How many updates are compared with the reference's."""
+        return CHECK_STEPS if len(self.layers) <= DEEP else 1
+
     def as_json(self) -> dict[str, Any]:
         """What a record says of it."""
         kept = ("sizes", "batch", "activation", "optimizer", "precision", "device")
@@ -149,7 +155,7 @@ def expected(task: Task) -> Expected:
     net = task.network("cpu", "float64")
     trainer = Trainer(net, "cross_entropy", task.rule)
     x, y = task.data()
-    losses = [float(trainer.step(x, y)) for _ in range(CHECK_STEPS)]
+    losses = [float(trainer.step(x, y)) for _ in range(task.check_steps)]
     return Expected(losses, task.weights(), list(zip(net.weights, net.biases)))
 
 
