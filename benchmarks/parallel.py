@@ -57,9 +57,9 @@ def timed(trained: Trainer, x: Any, y: Any, steps: int) -> float:
 
 def summed(trained: Trainer, sums: int) -> float:
     """Seconds of so many sums of the gradient over the ranks, with nothing to compute meanwhile."""
-    reduction, state = trained._reduction, trained._state
+    reduction, state = trained._update.reduction, trained._state
     assert reduction is not None
-    trained._g[...] = 0  # what is summed up again and again does not grow
+    trained._update.g[...] = 0  # what is summed up again and again does not grow
     start = time.perf_counter()
     for _ in range(sums):
         reduction.begin(0)
@@ -70,10 +70,10 @@ def summed(trained: Trainer, sums: int) -> float:
 
 def updated(trained: Trainer, updates: int) -> float:
     """Seconds of so many updates without a pass before them."""
-    trained._early = []
+    trained._update._early = []  # nothing has been updated within a backward pass
     start = time.perf_counter()
     for _ in range(updates):
-        trained._update()
+        trained._update.apply()
     trained.net._ops.read_state(trained._state, Slot.COST)
     return time.perf_counter() - start
 

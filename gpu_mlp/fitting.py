@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import checkpoint, checks, data, metrics, resuming, schedules
+from . import checkpoint, checks, data, divergence, evaluation, metrics, resuming, schedules
 from .checkpoint import Checkpoints, Folder
 from .failures import BrokenData, DeviceLost, Diverged, Terminated
 from .feeding import SPARE_BYTES, Feed, FromDisk, Parts, Resident, Streamed
@@ -224,7 +224,7 @@ class Fit:
                 f"{argument}: L-BFGS works on the whole data set, many times an iteration, and a stream would be read "
                 "anew each time; use another optimizer, or arrays in memory"
             )
-        return self.trainer._checked(dataset)
+        return evaluation.checked(self.net, self.trainer.loss, dataset)
 
     def _check(self, argument: str, dataset: Any) -> Parts:
         if not isinstance(dataset, (tuple, list)) or len(dataset) not in (2, 3):
@@ -244,7 +244,7 @@ class Fit:
         if validation is None or isinstance(validation, (tuple, list)):
             return None if validation is None else self._check("validation", validation)
         if isinstance(validation, Stream):
-            return self.trainer._checked(validation)
+            return evaluation.checked(self.net, self.trainer.loss, validation)
         fraction = checks.real("validation", validation, 0, 1, open_minimum=True, open_maximum=True)
         if self.stream is not None:
             self.stream, held_out = self.stream.split(fraction, self.trainer.seed)
@@ -463,7 +463,7 @@ class Fit:
 
     def _refuse_divergence(self, feed: Feed) -> None:
         try:
-            self.trainer._refuse_divergence(feed)
+            divergence.refuse_step(self.trainer, feed)
         except Diverged as error:
             self.fall_back()
             self.history.stopped = "diverged"
@@ -471,7 +471,7 @@ class Fit:
 
     def _refuse_bad_weights(self) -> None:
         try:
-            self.trainer._refuse_bad_weights()
+            divergence.refuse_weights(self.net)
         except Diverged as error:
             self.fall_back()
             self.history.stopped = "diverged"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from . import divergence
 from .failures import Diverged
 from .feeding import SPARE_BYTES, Parts, Single
 from .notices import say_once
@@ -40,11 +41,11 @@ def minimise(fit: Fit, progress: Progress, interrupted: Interruption) -> None:
         if not math.isfinite(cost):
             whole = Single(net._ops, fit.x, fit.y, fit.w, False)
             work = trainer._lanes(fit.rows_at_once)[0].work
-            where = trainer._where_not_finite(whole, 0, fit.n, trainer.rounds, work)
+            where = divergence.find(trainer, whole, 0, fit.n, trainer.rounds, work)
             fit.fall_back()
             fit.history.stopped = "diverged"
             raise Diverged(f"iteration {trainer.rounds + 1}: the cost is not finite{where}", fit.history)
-        return cost, net._ops.to_host(trainer._g).astype(np.float64)
+        return cost, net._ops.to_host(trainer._update.g).astype(np.float64)
 
     def end_iteration(intermediate_result: Any) -> None:
         nonlocal started, reason
@@ -86,16 +87,14 @@ def _whole(fit: Fit) -> Parts:
 def _full_gradient(fit: Fit) -> float:
     """J over the whole data set; its gradient, λ∇Ω included, in the trainer's gradient."""
     trainer, net, ops = fit.trainer, fit.net, fit.net._ops
-    state, g = trainer._state, trainer._g
+    state, update = trainer._state, trainer._update
     ops.write_state(state, {Slot.COST: 0.0})
     trainer._begin_weight(fit.y, fit.w, fit.n)
-    lanes, reduction = trainer._lanes(fit.rows_at_once), trainer._reduction
-    if reduction is not None:
-        reduction.begin(net._passes(lanes, len(fit.x)))
+    lanes = trainer._lanes(fit.rows_at_once)
+    update.begin(lanes, len(fit.x))
     net._differentiate(fit.x, fit.y, fit.w, trainer.loss, lanes)
-    if reduction is not None:
-        reduction.finish(state)
+    update.sum_up()
     if trainer.regularizer is not None:
-        ops.penalty(net._theta, trainer._penalised, trainer.regularizer, state)
-        ops.add_penalty_gradient(net._theta, trainer._penalised, trainer.regularizer, g)
+        ops.penalty(net._theta, update.penalised, trainer.regularizer, state)
+        ops.add_penalty_gradient(net._theta, update.penalised, trainer.regularizer, update.g)
     return ops.read_state(state, Slot.COST)

@@ -121,7 +121,7 @@ def snapshot(trainer: Trainer) -> Snapshot:
         "theta": net._theta,
         "state": trainer._state,
         "plateau": np.array(plateau, np.float64),
-        **{f"moment.{name}": trainer._whole_moment(moment) for name, moment in trainer.moments.items()},
+        **{f"moment.{name}": trainer._update.whole_moment(moment) for name, moment in trainer.moments.items()},
     }
     if trainer._averaged is not None:
         tensors["averaged"] = trainer._averaged
@@ -184,8 +184,8 @@ def restore(trainer: Trainer, found: Snapshot) -> None:
     trainer.plateau = PlateauState(best, *map(int, counts))
     ops.copy(tensors["theta"], net._theta)
     ops.copy(tensors["state"], trainer._state)
-    for name, moment in trainer.moments.items():
-        trainer._take_moment(tensors[f"moment.{name}"], moment)
+    for name in trainer.moments:
+        trainer._update.take_moment(name, tensors[f"moment.{name}"])
     if trainer._averaged is not None:
         ops.copy(tensors["averaged"], trainer._averaged)
     if net._shadow is not None:

@@ -269,7 +269,7 @@ class Descent(Trainer):
         """λΩ(θ) as scikit-learn counts it; what L is divided by is in the state already."""
         penalty = self.objective.penalty_value(self._total)
         if penalty is not None:
-            self.net._ops.penalty(self.net._theta, self._penalised, penalty, self._state)
+            self.net._ops.penalty(self.net._theta, self._update.penalised, penalty, self._state)
 
     def _follow_rate(self) -> None:
         """Express the momentum in the rate that now holds.
@@ -368,10 +368,10 @@ class _FullBatch:
         net._differentiate(self._x, self._rows.y, self._rows.weight, objective.loss, self._lanes)
         value, gradient = objective.penalty_value(self._total), objective.penalty(self._total)
         if value is not None and gradient is not None:
-            ops.penalty(net._theta, trainer._penalised, value, state)
-            ops.add_penalty_gradient(net._theta, trainer._penalised, gradient, trainer._g)
+            ops.penalty(net._theta, trainer._update.penalised, value, state)
+            ops.add_penalty_gradient(net._theta, trainer._update.penalised, gradient, trainer._update.g)
         cost = ops.read_state(state, Slot.COST) / objective.value_divisor + self._constant
-        return cost, np.array(ops.to_host(trainer._g), np.float64)
+        return cost, np.array(ops.to_host(trainer._update.g), np.float64)
 
 
 class Fitted:

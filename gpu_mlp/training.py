@@ -1,13 +1,12 @@
 """The trainer: one update of a network by an optimizer, and the state that updates move along.
 
-Leans on `network` for the passes and on `ops` for the update. One update is `Trainer._step`; a run of them, which
-`Trainer.fit` starts, is in `fitting`.
+Leans on `network` for the passes and on `updating` for what becomes of the gradient. One update is `Trainer._step`; a
+run of them, which `Trainer.fit` starts, is in `fitting`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +15,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from . import averaging, checkpoint, checks, losses, optimizers, regularizers, resuming, schedules
+from . import (
+    averaging,
+    checkpoint,
+    checks,
+    divergence,
+    evaluation,
+    losses,
+    optimizers,
+    regularizers,
+    resuming,
+    schedules,
+)
 from . import metrics as merits
 from . import parallel as parallels
 from .averaging import EMA
@@ -28,23 +38,19 @@ from .feeding import Feed, Parts, Single
 from .fitting import LOOK_EVERY, Callback, Fit
 from .history import EarlyStopping, History
 from .losses import Loss
-from .metrics import Metric
 from .network import MLP
 from .notices import say_once
 from .ops.interface import Array, Dropout, Recorder, Slot
-from .optimizers import LBFGS, SGD, Muon, Optimizer
+from .optimizers import LBFGS, SGD, Optimizer
 from .parallel import Parallel, ranks
-from .parallel.ranks import MPIRanks, Ranks
-from .parallel.reduction import Reduction
+from .parallel.ranks import Ranks
 from .planning import Plan, plan_memory
 from .precision import INITIAL_LOSS_SCALE
 from .regularizers import ElasticNet
 from .schedules import PlateauState, Schedule
-from .shards import Piece
 from .streams import Stream
-from .workspace import Lane, Sink, Workspace
-
-ADVICE = "a lower learning rate or clip_norm helps in most cases"
+from .updating import Update
+from .workspace import Lane, Workspace
 
 
 class Trainer:
@@ -103,7 +109,7 @@ class Trainer:
         self.parallel = parallels.check(parallel)
         self.ranks = ranks.join(None if parallel is None else parallel is not False)
         self.seed = net.seed if seed is None else checks.integer("seed", seed, 0, 2**64 - 1)
-        self.apply_at_once = self._can_apply_at_once(apply_at_once)
+        at_once = self._can_apply_at_once(apply_at_once)
         self._may_store = apply_at_once is None
         self.graph = None if graph is None else checks.boolean("graph", graph)
         self.epoch = 0  # epochs begun, over all fits
@@ -112,11 +118,10 @@ class Trainer:
         self._works: list[Workspace] = []
         self._lanes_for: dict[int, list[Lane]] = {}  # by this rank's rows of a batch
         self._handed: Single | None = None
-        self._early: list[int] = []
         self._recipe: tuple[Any, ...] = ()
         self._agreed = False  # whether the ranks have seen that they were started alike
         self._check_full_batch()
-        self._allocate()
+        self._allocate(at_once)
 
     # --- one update ---
 
@@ -141,10 +146,10 @@ class Trainer:
             self._step(feed, rows, 0, self.schedule)
         if not ops.waits or self.rounds % LOOK_EVERY == 0:
             if ops.watches:
-                self._refuse_input(whole)
-            self._refuse_divergence(feed)
+                divergence.refuse_input(self, whole)
+            divergence.refuse_step(self, feed)
         if self.rounds % LOOK_EVERY == 0:  # until then the next cost tells
-            self._refuse_bad_weights()
+            divergence.refuse_weights(self.net)
         return ops.snapshot_state(self._state, Slot.COST)
 
     def _single(self, x: Array, y: Array, w: Array | None) -> Single:
@@ -174,13 +179,10 @@ class Trainer:
         if ops.watches and isinstance(feed, Single):  # what else feeds a step has been looked at
             ops.watch(x, state)
         self._begin_cost(y, w, rows)
-        self._early = self._early_layers(own.stop - own.start)
-        if self._reduction is not None:
-            self._reduction.begin(net._passes(lanes, own.stop - own.start))
+        self._update.begin(lanes, own.stop - own.start)
         net._differentiate(x, y, w, self.loss, lanes, lambda first: self._dropout(own.start + first))
-        if self._reduction is not None:
-            self._reduction.finish(state)
-        self._update()
+        self._update.sum_up()
+        self._update.apply()
         self._average()
         ops.finish_step(rows, state)
 
@@ -189,11 +191,11 @@ class Trainer:
         net = self.net
         self._begin_weight(y, w, rows)
         if self.regularizer is not None and self.ranks.first:  # it is in the sum of the ranks' costs once
-            net._ops.penalty(net._theta, self._penalised, self.regularizer, self._state)
+            net._ops.penalty(net._theta, self._update.penalised, self.regularizer, self._state)
 
     def _begin_weight(self, y: Array, w: Array | None, rows: int) -> None:
         """What a batch's L is divided by."""
-        ops, state, reduction = self.net._ops, self._state, self._reduction
+        ops, state, reduction = self.net._ops, self._state, self._update.reduction
         if reduction is None:
             ops.total_weight(self.loss, y, w, state)
         elif w is None and getattr(self.loss, "class_weight", None) is None:
@@ -201,93 +203,6 @@ class Trainer:
         else:
             ops.total_weight(self.loss, y, w, state)
             reduction.exchange.sum_state(state, Slot.TOTAL_WEIGHT)
-
-    def _update(self) -> None:
-        """Hand the gradient to the optimizer: all of it, or only the biases' where the weights have had theirs."""
-        net, ops, state, n = self.net, self.net._ops, self._state, self._penalised
-        theta, shadow = net._theta, net._shadow
-        if self._reduction is not None and self._reduction.sharded:
-            self._update_slices(self._reduction)
-            return
-        if self._early:
-            ops.join()
-            self._update_rest()
-            return
-        if self.apply_at_once:
-            theta, n = theta[net.layout.n_weights :], max(0, n - net.layout.n_weights)
-            shadow = None if shadow is None else shadow[net.layout.n_weights :]
-        if self.clip_norm is not None or net._precision.loss_scaled:
-            ops.gradient_norm(theta, self._g, n, self.regularizer, state)
-        ops.update(
-            theta, self._g, list(self.moments.values()), self.optimizer, net.layout, n,
-            self.regularizer, self.clip_norm, shadow, state,
-        )  # fmt: skip
-
-    def _update_slices(self, reduction: Reduction) -> None:
-        """Hand the optimizer what this rank has of the gradient, and send θ on to the other ranks."""
-        net, ops, state, n = self.net, self.net._ops, self._state, self._penalised
-        theta, shadow, g = net._theta, net._shadow, self._g
-        if self.clip_norm is not None or net._precision.loss_scaled:
-            ops.gradient_norm(theta, g, n, self.regularizer, state, [part for part, _ in reduction.mine])
-            reduction.exchange.sum_state(state, Slot.GRADIENT_NORM, squares=True)
-        for part, kept in reduction.mine:
-            moments = [moment[kept] for moment in self.moments.values()]
-            ops.update(
-                theta[part], g[part], moments, self.optimizer, net.layout.within(part),
-                max(0, min(n, part.stop) - part.start), self.regularizer, self.clip_norm,
-                None if shadow is None else shadow[part], state,
-            )  # fmt: skip
-        reduction.exchange.gather(theta)
-        if shadow is not None and self.ranks.size > 1:
-            ops.copy(theta, shadow)
-
-    def _early_layers(self, rows: int) -> list[int]:
-        """The layers whose W is updated as soon as its gradient is there, under the products of the layers below.
-
-        The bits are those of one update at the end: the rule sees one element at a time, and COST, which it looks at,
-        stands before the backward pass. What needs the whole gradient first cannot be done so.
-        """
-        net = self.net
-        whole = (
-            self._reduction is not None
-            or self.clip_norm is not None
-            or net._precision.loss_scaled
-            or isinstance(self.optimizer, Muon)
-        )
-        if whole or self.apply_at_once or self.accumulate > 1:
-            return []
-        sizes = [span.stop - span.start for span in net.layout.spans]
-        return [l for l, size in enumerate(sizes) if l and net._ops.hides_update(rows, size)]  # below 0 is nothing
-
-    def _store_and_update(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
-        """The sink that keeps gW, and applies it where the layer is to be updated early."""
-        self._stores(l, gz, h, accumulate)
-        if l in self._early:
-            with self.net._ops.aside():
-                self._update_part(self.net.layout.spans[l])
-
-    def _update_rest(self) -> None:
-        """Update what lies between the layers that have been updated early, and behind them."""
-        start = 0
-        for span in [*(self.net.layout.spans[l] for l in self._early), slice(self.net.layout.size, None)]:
-            if span.start > start:
-                self._update_part(slice(start, span.start))
-            start = span.stop
-
-    def _update_part(self, part: slice) -> None:
-        """Hand a part of the gradient to the optimizer."""
-        net = self.net
-        net._ops.update(
-            net._theta[part], self._g[part], [moment[part] for moment in self.moments.values()], self.optimizer,
-            net.layout, max(0, min(self._penalised, part.stop) - part.start), self.regularizer, None,
-            None if net._shadow is None else net._shadow[part], self._state,
-        )  # fmt: skip
-
-    def _descend(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
-        """The sink that applies a layer's gradient at once."""
-        net, rule = self.net, cast(SGD, self.optimizer)
-        shadow = None if net._shadow is None else net._W[l]
-        net._ops.descend(self._W[l], gz, h, rule, self.regularizer, shadow, self._state)
 
     def _average(self) -> None:
         """Move the average of the weights on."""
@@ -381,7 +296,7 @@ class Trainer:
         if isinstance(x, Stream):
             if y is not None or sample_weight is not None:
                 raise ValueError("y, sample_weight: a stream has its own; give it alone")
-            stream = self._checked(x)
+            stream = evaluation.checked(self.net, self.loss, x)
             labels = stream.piece(0).y.ndim == 1  # type: ignore[union-attr]  # it has been checked
             names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], labels)
             return self._evaluate(stream, names, ranks.ALONE)
@@ -389,55 +304,10 @@ class Trainer:
         names = merits.chosen(metrics, self.loss.name, self.net.sizes[-1], y.ndim == 1)
         return self._evaluate((x, y, w), names, ranks.ALONE)
 
-    def _checked(self, stream: Stream) -> Stream:
-        """A stream whose every piece is checked as arrays are, by the threads that read it."""
-        prepare = stream.preparation
-
-        def check(piece: Piece) -> Piece:
-            piece = prepare(piece)
-            if piece.y is None:
-                raise ValueError("no target; name it with target=")
-            x, y, _, _ = self.net._check_host(piece.x, piece.y, None, self.loss)
-            return Piece(x, y, checks.sample_weight(piece.w, len(x), whole=False))
-
-        return stream.prepared(check)
-
     def _evaluate(self, dataset: Parts | Stream, names: Sequence[str], among: Ranks) -> dict[str, float]:
-        """L and the metrics of the model, averaged weights and all, on data that have been checked.
-
-        Each of the ranks works on its part of the rows, or of the chunks of a stream, and has the figures of all.
-        """
-        ops = self.net._ops
-        figures, merged = ([merits.make(name, self.loss.name, self.net.sizes[-1]) for name in names] for _ in range(2))
-        if isinstance(dataset, Stream):
-            pieces: Iterator[Parts] = (piece.arrays() for piece in dataset.pieces(among.rank, among.size))
-        else:
-            own = among.part(len(dataset[0]))
-            pieces = iter([cast(Parts, tuple(None if part is None else part[own] for part in dataset))])
-        mean = total = 0.0
+        """L and the metrics of the model, averaged weights and all, on data that have been checked."""
         with self.averaged_weights():
-            for x, y, w in pieces:
-                loss = self._evaluate_piece(x, ops.to_device(y), None if w is None else ops.to_device(w), figures)
-                weight = ops.read_state(self.net._state, Slot.TOTAL_WEIGHT)
-                total += weight
-                mean += (loss - mean) * (weight / total if total else 0.0)
-        if among.size > 1:
-            mean, figures = _merged(among, mean, total, figures, merged), merged
-        return {"loss": mean, **{figure.name: figure.value() for figure in figures}}
-
-    def _evaluate_piece(self, x: Array, y: Array, w: Array | None, figures: Sequence[Metric]) -> float:
-        """L on some rows, which are added to the figures."""
-        net, ops = self.net, self.net._ops
-        from_z = net.fuses(self.loss)
-        net._begin(self.loss, y, w)
-        for rows, work in net._predict(x, from_z):
-            part = None if w is None else w[rows]
-            net._add_loss(work, self.loss, y[rows], part)
-            if from_z:
-                ops.activate(net._f[-1], work.h[-1], work.h[-1])
-            for figure in figures:
-                figure.add(ops.to_host(work.h[-1]), ops.to_host(y[rows]), None if part is None else ops.to_host(part))
-        return ops.read_state(net._state, Slot.COST)
+            return evaluation.evaluate(self.net, self.loss, dataset, names, among)
 
     # --- files ---
 
@@ -447,8 +317,8 @@ class Trainer:
         For a loop of one's own over `step`; `fit` writes its own. Raises Diverged where the weights are not finite.
         """
         if self._handed is not None:
-            self._refuse_divergence(self._handed)
-        self._refuse_bad_weights()
+            divergence.refuse_step(self, self._handed)
+        divergence.refuse_weights(self.net)
         found = resuming.snapshot(self)
         self.ranks.on_first(lambda: checkpoint.write(path, found))
         return Path(path)
@@ -495,38 +365,26 @@ class Trainer:
         if self.net._precision.has_shadow:
             raise ValueError(f"precision: L-BFGS needs float64, float32 or tf32, not {self.net.precision!r}")
 
-    def _allocate(self) -> None:
-        """The gradient, the moments, the state, and what records steps."""
+    def _allocate(self, at_once: bool) -> None:
+        """The state, the gradient and the moments, and what records steps."""
         net, ops = self.net, self.net._ops
-        master = net._precision.master_dtype
-        self._allocate_gradient()
-        kept = net.layout.size if self._reduction is None else self._reduction.size
-        self.moments = {name: ops.zeros(kept, master) for name in self.optimizer.moments}
-        for name, moment in self.moments.items():
-            moment[...] = self.optimizer.initial(name)
-        self._averaged = None if self.average is None else ops.zeros(net.layout.size, master)
         self._state = net._new_state()
         if net._precision.loss_scaled:
             ops.write_state(self._state, {Slot.LOSS_SCALE: INITIAL_LOSS_SCALE})
-        self._W = net.layout.weights(net._theta)
-        self._penalised = 0 if self.regularizer is None else net.layout.penalised(self.regularizer)
+        self._update = Update(self, at_once)
+        master = net._precision.master_dtype
+        self._averaged = None if self.average is None else ops.zeros(net.layout.size, master)
         self._recorder: Recorder = ops.recorder(self.graph)
 
-    def _allocate_gradient(self) -> None:
-        """The gradient: all of it, or the biases' part where the weights' is applied at once; and where it goes."""
-        net, ops = self.net, self.net._ops
-        first = net.layout.n_weights if self.apply_at_once else 0
-        self._g = ops.zeros(net.layout.size - first, net._precision.master_dtype)
-        self._gb = net.layout.biases(self._g, first)
-        if self.apply_at_once:
-            self._sink: Sink = self._descend
-        else:
-            self._stores, self._sink = net._store(net.layout.weights(self._g)), self._store_and_update
-        self._reduction: Reduction | None = None
-        if isinstance(self.ranks, MPIRanks):
-            options = self.parallel if isinstance(self.parallel, Parallel) else Parallel()
-            self._reduction = Reduction(ops, self.ranks, net.layout, self._g, self.optimizer, options)
-            self._sink = self._reduction.watched(self._sink)
+    @property
+    def apply_at_once(self) -> bool:
+        """Whether each layer's gradient is applied as soon as it is there, and none is stored."""
+        return self._update.at_once
+
+    @property
+    def moments(self) -> dict[str, Array]:
+        """The optimizer's moments by name, each flat like θ, or this rank's slice of it."""
+        return self._update.moments
 
     def _agree(self) -> None:
         """What `_share` does, before the first of the steps in a loop of one's own."""
@@ -551,20 +409,6 @@ class Trainer:
         ops.copy(theta, net._theta)
         if net._shadow is not None:
             ops.copy(net._theta, net._shadow)
-
-    def _whole_moment(self, moment: Array) -> Array:
-        """A moment of all of θ; where ranks have slices of it the first one has it then, and the others nothing."""
-        reduction = self._reduction
-        if reduction is None or not reduction.sharded:
-            return moment
-        return reduction.whole(self.net._ops, moment, self.net.layout.size)
-
-    def _take_moment(self, whole: Array, out: Array) -> None:
-        """A moment of this trainer ← that of all of θ."""
-        if self._reduction is None:
-            self.net._ops.copy(whole, out)
-        else:
-            self._reduction.take(self.net._ops, whole, out)
 
     def _lanes(self, rows: int) -> list[Lane]:
         """What ``rows`` rows are worked through with; in more micro-batches if memory is short."""
@@ -596,8 +440,9 @@ class Trainer:
                 f"micro-batches, which give the same update ({self._plan(rows).summary()})"
             )
         if count > 1 and self.apply_at_once:
-            self._store_gradient()
-        lanes = [Lane(self._works[0].first(micro), self._g, self._gb, self._sink, self._state)]
+            self._update.allocate(at_once=False)  # several lanes need gradients that are added up
+        update = self._update
+        lanes = [Lane(self._works[0].first(micro), update.g, update.gb, update.sink, self._state)]
         for work in self._works[1:count]:
             g = net._ops.zeros(net.layout.size, net._precision.master_dtype)
             sink = net._store(net.layout.weights(g))
@@ -626,21 +471,15 @@ class Trainer:
             raise MemoryError(f"a step of {rows} rows does not fit the device's memory: {plan.summary()}") from None
         if self.apply_at_once:
             try:
-                self._store_gradient()
+                self._update.allocate(at_once=False)  # micro-batches need a gradient to add up in
             except self.net._ops.out_of_memory:
                 raise MemoryError(f"the gradient does not fit the device's memory: {plan.summary()}") from None
         self.accumulate *= 2
 
-    def _store_gradient(self) -> None:
-        """Apply no layer's gradient at once any more: micro-batches need one to add up in."""
-        self.apply_at_once = False
-        self._allocate_gradient()
-
     def _cut_as(self, accumulate: int, apply_at_once: bool) -> None:
         """Cut batches into so many micro-batches, as another trainer of the same recipe has come to do."""
         if apply_at_once != self.apply_at_once:
-            self.apply_at_once = apply_at_once
-            self._allocate_gradient()
+            self._update.allocate(apply_at_once)
         self.accumulate = accumulate
         self._forget_lanes()
         self._recorder.clear()
@@ -655,7 +494,8 @@ class Trainer:
 
     def _plan(self, rows: int) -> Plan:
         """The plan of this rank's ``rows`` rows."""
-        sharded = self._reduction is not None and self._reduction.sharded
+        reduction = self._update.reduction
+        sharded = reduction is not None and reduction.sharded
         return plan_memory(
             self.net.sizes,
             [f.name for f in self.net._f],
@@ -684,70 +524,3 @@ class Trainer:
         """The masks of every layer for the micro-batch that begins at ``first_row``; the output layer has none."""
         rates = (*self.net.dropout, 0.0)
         return [Dropout(rate, self.net.seed, l, first_row) if rate else None for l, rate in enumerate(rates)]
-
-    def _refuse_input(self, x: Array) -> None:
-        """Raise ValueError if it was x, (batch, n_0), that made a step's cost not finite; it counts as none then."""
-        ops = self.net._ops
-        if ops.read_state(self._state, Slot.BAD_ROUND) and not ops.all_finite(x):
-            ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
-            self.rounds -= 1
-            checks.finite("x", x)
-
-    def _refuse_divergence(self, feed: Feed) -> None:
-        """Raise Diverged if a step's cost or gradient norm was not finite; nothing has been updated since then."""
-        ops = self.net._ops
-        bad = int(ops.read_state(self._state, Slot.BAD_ROUND))
-        if not bad:
-            return
-        ops.write_state(self._state, {Slot.BAD_ROUND: 0.0})
-        found = feed.again(self.rounds - bad)
-        if found is None:
-            what = "the cost or the gradient is not finite"
-        else:
-            where = self._where_not_finite(feed, *found, bad - 1)
-            where = next(filter(None, self.ranks.texts(where)), "")
-            what = f"the {'cost' if where else 'gradient'} is not finite{where}"
-        raise Diverged(f"step {bad}: {what}; the last good weights are kept ({ADVICE})")
-
-    def _refuse_bad_weights(self) -> None:
-        """Raise Diverged if a gradient that nothing measured took weights out of the finite numbers."""
-        net = self.net
-        if net._ops.all_finite(net._theta):
-            return
-        for l, parts in enumerate(zip(net.layout.weights(net._theta), net.layout.biases(net._theta))):
-            if not all(map(net._ops.all_finite, parts)):
-                raise Diverged(f"the weights of layer {l} are not finite ({ADVICE})")
-
-    def _where_not_finite(self, feed: Feed, cursor: int, rows: int, round: int, work: Workspace | None = None) -> str:
-        """Which layer's values leave the finite numbers first on a minibatch, worked through once more."""
-        net, ops, state = self.net, self.net._ops, self._state
-        own = self.ranks.part(rows)
-        ops.begin_step(0.0, round, cursor + own.start, state)
-        x, y, w = feed.fetch(own.stop - own.start, state)
-        self._begin_cost(y, w, rows)
-        rows = own.stop - own.start
-        work = work or self._lanes(rows)[0].work
-        for start in range(0, rows, work.rows):
-            part = work.first(min(work.rows, rows - start))
-            part.h[0] = net._input(x[start : start + part.rows])
-            net._forward(part, net.fuses(self.loss), self._dropout(own.start + start), state)
-            for l, h in enumerate(part.h[1:]):
-                if not ops.all_finite(h):
-                    return f", first in layer {l}"
-            chosen = slice(start, start + part.rows)
-            net._add_loss(part, self.loss, y[chosen], None if w is None else w[chosen], state)
-        return "" if math.isfinite(ops.read_state(state, Slot.COST)) else ", first in the loss"
-
-
-def _merged(among: Ranks, mean: float, total: float, figures: Sequence[Metric], fresh: Sequence[Metric]) -> float:
-    """The mean loss over the rows of all ranks, from each one's and its weight; ``fresh`` take the figures in."""
-    sums = [np.array([total, mean]), *(figure.sums() for figure in figures)]
-    ends = np.cumsum([len(part) for part in sums])[:-1]
-    mean = total = 0.0
-    for row in among.gather(np.concatenate(sums)):
-        (weight, loss), *others = np.split(row, ends)
-        total += weight
-        mean += (loss - mean) * (weight / total if total else 0.0)
-        for figure, other in zip(fresh, others):
-            figure.merge(other)
-    return float(mean)

@@ -45,7 +45,8 @@ ROWS = [
     {"ops", "ops.cuda"},
     {"workspace", "feeding", "planning"},
     {"network", "parallel.reduction"},
-    {"fullbatch", "resuming"},
+    {"divergence", "evaluation", "resuming", "updating"},
+    {"fullbatch"},
     {"fitting", "gradcheck"},
     {"training"},
 ]

@@ -20,7 +20,7 @@ TAME = {"sgd": 256, "adam": 2048, "adamw": 2048}  # the width beyond which a rul
 CHECK_STEPS = 4  # updates that are compared with the reference's,
 DEEP = 32  # and one of more layers than these: without shortcuts they enlarge rounding from update to update
 CHECK_FLOP = 1e11  # of one step of a network in float64 that is waited for
-# How far losses, and the way that all parameters have come in those updates, may be from the reference: relative errors.
+# How far losses, and the way that all parameters have come by then, may be from the reference: relative errors.
 # Adam divides a gradient by its own size, so where one is all rounding its direction is chance; hence the wide second.
 TOLERANCE = {
     "float64": (1e-10, 1e-6),
