@@ -30,7 +30,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import gpu_mlp
 from gpu_mlp import SGD, AdamW, Cosine, MLPClassifier, MLPRegressor, Muon, StepDecay, optimizers
-from gpu_mlp.estimators import HIDDEN
+from gpu_mlp.hyperparameters import HIDDEN
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 VERSION = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
