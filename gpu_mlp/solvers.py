@@ -494,5 +494,5 @@ def observe_plateau(descent: Descent, watched: float) -> None:
 def at_most(batch_size: int, n: int) -> int:
     """``batch_size``, with a warning where it is more than the ``n`` rows there are and becomes that."""
     if batch_size > n:
-        warnings.warn(f"batch_size: {batch_size} is more than the {n} samples; it is clipped to them", stacklevel=5)
+        warnings.warn(f"batch_size: {batch_size} is more than the {n} samples; it is clipped to them", stacklevel=6)
     return min(batch_size, n)

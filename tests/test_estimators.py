@@ -494,6 +494,13 @@ def test_verbose_tells_of_every_iteration(solver, capsys):
         assert "did not improve more than tol=1.000000 for 1 epochs. Stopping." in told
 
 
+def test_a_batch_larger_than_the_data_is_warned_of_where_fit_was_called():
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6) % 2
+    with pytest.warns(UserWarning, match="batch_size: 7 is more than the 6 samples") as told:
+        MLPClassifier((3,), batch_size=7, max_iter=1000, tol=1.0, random_state=0).fit(x, y)
+    assert told[0].filename == __file__
+
+
 def test_ctrl_c_keeps_what_was_learned():
     import signal
 
