@@ -186,7 +186,7 @@ def test_import_brings_nothing_heavy_along():
 
 
 def test_import_takes_under_three_tenths_of_a_second():
-    """Of the processor, beyond NumPy's own time; one of five will do, since other work on the machine only ever adds."""
+    """Processor time beyond NumPy's own; one of five will do, since other work on the machine only ever adds."""
     assert any(fresh_import()["seconds"] < 0.3 for _ in range(5))
 
 

@@ -59,6 +59,20 @@ def test_the_normal_tail_keeps_its_digits():
     assert np.max(error / (1 + a.astype(np.float64) ** 2)) < 2.0**-21
 
 
+@pytest.mark.parametrize("n", [23, 24])  # the last columns are a scalar loop's, or a vector's
+def test_gelu_and_its_derivative_at_the_ends_of_the_range(n):
+    """Far out, where Φ has lost every digit of 1 + erf or z² overflows; infinities and NaN as the formula has them."""
+    ends = [0.0, 1e-30, 1e-8, 3.0, 6.0, 9.0, 13.0, 1e4, 1e19, 3e38, np.inf]
+    s = np.array([*ends, *(-x for x in ends), np.nan] + [0.5] * (n - 23), np.float32)
+    exact = s.astype(np.float64)
+    tail, density = ndtr(exact), np.exp(-exact * exact / 2) / np.sqrt(2 * np.pi)
+    h, slope = np.empty((1, n), np.float32), np.zeros((1, n), np.float32)
+    numba_kernels.bias_gelu(slope, s, h)
+    with np.errstate(invalid="ignore"):  # ∞ · 0 is NaN
+        np.testing.assert_allclose(h[0], exact * tail, rtol=1e-5, atol=1e-36)
+        np.testing.assert_allclose(slope[0], tail + exact * density, rtol=1e-5, atol=1e-36)
+
+
 def test_a_column_has_the_same_bits_in_every_place_of_a_vector():
     """A column at the end of a row takes the scalar loop, one in the middle a vector: contraction must not tell."""
     rng = np.random.default_rng(0)
@@ -66,10 +80,10 @@ def test_a_column_has_the_same_bits_in_every_place_of_a_vector():
     g = rng.normal(size=(70, 1)).astype(np.float32)
     results = set()
     for width in range(1, 40):
-        z, gz = np.repeat(column, width, axis=1), np.repeat(g, width, axis=1)
+        z, gz = np.repeat(column, width, axis=1), np.repeat(g, width, axis=1)  # z becomes f′
         h, b, gb = np.empty_like(z), np.full(width, 0.25, np.float32), np.zeros(width, np.float32)
         numba_kernels.bias_gelu(z, b, h)
-        numba_kernels.gelu_gradient(gz, z, gb)
+        numba_kernels.slope_gradient(gz, z, gb)
         for j in range(width):
             results.add((z[:, j].tobytes(), h[:, j].tobytes(), gz[:, j].tobytes(), gb[j].tobytes()))
     assert len(results) == 1

@@ -27,7 +27,7 @@ from .interface import CLIP_EPS, Slot
 Array = NDArray[Any]
 ROWS = 64  # of one part of a sum over rows: a fixed order, whatever the number of threads
 FLAT = 1 << 16  # numbers of one part of a sum over θ
-IDENTITY, RELU, GELU, SLOPE = range(4)  # f; SLOPE: gelu whose f′ stands in the place of z
+IDENTITY, RELU, GELU = range(3)  # f; of gelu f′ stands in the place of z
 
 _SOURCES = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (crew_kernels, numba_kernels)))
 _OPTIONS: dict[str, Any] = {"nopython": True, "fastmath": {"contract"}, "error_model": "numpy"}
@@ -183,8 +183,6 @@ def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
             numba_kernels.bias_relu(z, bias)
         elif f == GELU:
             numba_kernels.bias_gelu(z, bias, h)
-        elif f == SLOPE:
-            numba_kernels.bias_gelu_slope(z, bias, h)
         else:
             numba_kernels.bias(z, bias)
         if drops:
@@ -221,8 +219,6 @@ def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
             if f == RELU:
                 numba_kernels.relu_gradient(g, saved, scale, some)
             elif f == GELU:
-                numba_kernels.gelu_gradient(g, saved, some)
-            elif f == SLOPE:
                 numba_kernels.slope_gradient(g, saved, some)
             else:
                 numba_kernels.column_sums(g, some)

@@ -105,17 +105,6 @@ def bias_relu(z, b):
 
 @kernel
 def bias_gelu(z, b, h):
-    """z ← z + b, h = z Φ(z). z, h: (rows, ≥ n) float32; b: (n,)."""
-    for i in range(z.shape[0]):
-        for j in range(b.size):
-            s = z[i, j] + b[j]
-            z[i, j] = s
-            tail = normal_tail(abs(s), exp_of_negative(_f4(-0.5) * s * s))
-            h[i, j] = s * (tail if s < 0 else _f4(1) - tail)
-
-
-@kernel
-def bias_gelu_slope(z, b, h):
     """h = s Φ(s) and z ← f′(s) = Φ(s) + s φ(s), s = z + b, φ the normal density. z, h: (rows, ≥ n) float32; b: (n,)."""
     for i in range(z.shape[0]):
         for j in range(b.size):
@@ -145,19 +134,6 @@ def relu_gradient(g, h, scale, gb):
     for i in range(g.shape[0]):
         for j in range(gb.size):
             gz = g[i, j] * scale if h[i, j] > zero else zero
-            g[i, j] = gz
-            gb[j] += gz
-
-
-@kernel
-def gelu_gradient(g, z, gb):
-    """g ← g (Φ(z) + z φ(z)), φ the normal density; gb ← gb + Σ_rows g. g, z: (rows, ≥ n) float32; gb: (n,)."""
-    for i in range(g.shape[0]):
-        for j in range(gb.size):
-            s = z[i, j]
-            density = exp_of_negative(_f4(-0.5) * s * s)
-            tail = normal_tail(abs(s), density)
-            gz = g[i, j] * ((tail if s < 0 else _f4(1) - tail) + _f4(0.3989422804014327) * density * s)
             g[i, j] = gz
             gb[j] += gz
 

@@ -215,8 +215,8 @@ class NumbaOperations(NumpyOperations):
 
     def _code(self, f: Activation, auxiliary: Any) -> int | None:
         """The number of an activation that jobs know."""
-        if f.name == "gelu" and self._compute == np.float32:
-            return job_parts.GELU if auxiliary is None else job_parts.SLOPE
+        if auxiliary is SLOPES:
+            return job_parts.GELU
         return {"identity": job_parts.IDENTITY, "relu": job_parts.RELU}.get(f.name)
 
     def _multiply(self, a: Array, b: Array, out: Array) -> None:

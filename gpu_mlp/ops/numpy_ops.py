@@ -200,21 +200,7 @@ class NumpyOperations(Operations):
         state: Array,
     ) -> None:
         """Some rows of it, the first of which is row ``first`` of the micro-batch."""
-        product = self._matmul(h_in, W.T, h if z is None else z)
-        self._finish_layer(product, b, f, h, z, dropout, first, state)
-
-    def _finish_layer(
-        self,
-        product: Array,
-        b: Array,
-        f: Activation,
-        h: Array,
-        z: Array | None,
-        dropout: Dropout | None,
-        first: int,
-        state: Array,
-    ) -> None:
-        """z and h from h_in Wᵀ, which is in ``product``: z, or h where no z is kept, or an array of its own."""
+        product = self._matmul(h_in, W.T, h if z is None else z)  # there, or where it is of the wider type
         for block in _row_blocks(*h.shape):
             zb = product[block]
             np.add(zb, b, out=zb)
@@ -328,21 +314,6 @@ class NumpyOperations(Operations):
             if gh is not gz_in:
                 gz_in[...] = gh
             return
-        self._through_layer(gh, f, saved, dropout, first, gz_in, gb, accumulate, state)
-
-    def _through_layer(
-        self,
-        gh: Array,
-        f: Activation,
-        saved: Array | None,
-        dropout: Dropout | None,
-        first: int,
-        gz_in: Array,
-        gb: Array | None,
-        accumulate: bool,
-        state: Array,
-    ) -> None:
-        """gz and gb from gh, which is in ``gz_in``, or in an array of its own."""
         sums = _ColumnSums(self, gb, accumulate)
         for block in _row_blocks(*gz_in.shape):
             g = gh[block]
