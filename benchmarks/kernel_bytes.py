@@ -101,31 +101,32 @@ class Bench:
 
     def _layers(self) -> Iterator[Any]:
         ops, state, x, h, b = self.ops, self.state, self.matrix(), self.matrix(), self.matrix()[0]
+        activate, gradient = ops.kernels.activate, ops.kernels.activation_gradient
         gb = self.flat()[:COLUMNS]
         n = x.nbytes
         relu, silu, identity = ACTIVATIONS["relu"], ACTIVATIONS["silu"], ACTIVATIONS["identity"]
         dropout = Dropout(0.5, 1, 0)
-        yield "bias_activation", "relu", lambda: ops._activate(relu, x, b, h, False, None, state), {
+        yield "bias_activation", "relu", lambda: activate(relu, x, b, h, False, None, state), {
             "product": (n, 0), "h": (0, n)}  # fmt: skip
-        yield "bias_activation", "relu in place", lambda: ops._activate(relu, h, b, h, False, None, state), {
+        yield "bias_activation", "relu in place", lambda: activate(relu, h, b, h, False, None, state), {
             "product": (n, n)}  # fmt: skip
-        yield "bias_activation", "silu, z kept, dropout", lambda: ops._activate(silu, x, b, h, True, dropout, state), {
+        yield "bias_activation", "silu, z kept, dropout", lambda: activate(silu, x, b, h, True, dropout, state), {
             "product": (n, n), "h": (0, n)}  # fmt: skip
-        yield "activation_gradient", "relu", lambda: ops._activation_gradient(relu, x, h, None, gb, False, state), {
+        yield "activation_gradient", "relu", lambda: gradient(relu, x, h, None, gb, False, state), {
             "g": (n, n), "saved": (n, 0)}  # fmt: skip
         yield (
             "activation_gradient",
             "silu, dropout",
-            lambda: ops._activation_gradient(silu, x, h, dropout, gb, False, state),
+            lambda: gradient(silu, x, h, dropout, gb, False, state),
             {"g": (n, n), "saved": (n, 0)},
         )
         yield (
             "activation_gradient",
             "identity",
-            lambda: ops._activation_gradient(identity, x, None, None, gb, False, state),
+            lambda: gradient(identity, x, None, None, gb, False, state),
             {"g": (n, 0)},
         )
-        yield "finish_column_sums", "", lambda: ops._activation_gradient(relu, x, h, None, gb, False, state), {
+        yield "finish_column_sums", "", lambda: gradient(relu, x, h, None, gb, False, state), {
             "gb": (0, gb.nbytes)}  # fmt: skip
         source, rows = self.matrix(np.float32), ops.to_device(np.arange(ROWS)[::-1].copy(), np.int64)
         yield (
@@ -136,11 +137,11 @@ class Bench:
         )
 
     def _rows(self) -> Iterator[Any]:
-        ops, x, h, b = self.ops, self.matrix(), self.matrix(), self.matrix()[0]
+        kernels, x, h, b = self.ops.kernels, self.matrix(), self.matrix(), self.matrix()[0]
         softmax, n = ACTIVATIONS["softmax"], self.matrix().nbytes
-        yield "bias_softmax", "", lambda: ops._activate(softmax, x, b, h, False, None, self.state), {
+        yield "bias_softmax", "", lambda: kernels.activate(softmax, x, b, h, False, None, self.state), {
             "product": (n, 0), "h": (0, n)}  # fmt: skip
-        yield "softmax_gradient", "", lambda: ops._rowwise_gradient(softmax, x, h), {"g": (n, n), "h": (n, 0)}
+        yield "softmax_gradient", "", lambda: kernels.rowwise_gradient(softmax, x, h), {"g": (n, n), "h": (n, 0)}
 
     def _losses(self) -> Iterator[Any]:
         ops, h, z, gz = self.ops, self.matrix(), self.matrix(), self.matrix()
@@ -162,7 +163,7 @@ class Bench:
         )
 
     def _updates(self) -> Iterator[Any]:
-        ops, theta, g = self.ops, self.flat(), self.flat()
+        ops, kernels, theta, g = self.ops, self.ops.kernels, self.flat(), self.flat()
         moments, n = [self.flat(), self.flat(), self.flat()], self.flat().nbytes
         shadow = None if self.storage in ("float64", "float32") else self.flat(ops.precision.storage_dtype)
         copy = {} if shadow is None else {"shadow": (0, shadow.nbytes)}
@@ -172,7 +173,7 @@ class Bench:
             yield (
                 "update",
                 f"{rule.name}, {len(own)} moments",
-                lambda own=own, rule=rule: ops._apply_rule(
+                lambda own=own, rule=rule: kernels.apply_rule(
                     theta, g, own, rule, SIZE, ElasticNet(0.1, 0.1), 1.0, shadow, self.state
                 ),
                 must,

@@ -91,8 +91,8 @@ def _activations(ops: Any, size: int) -> Iterator[Case]:
         keeps = f.reads == "z"
         z, g = (_numbers(ops, shape, ops.precision.storage_dtype) for _ in range(2))
         h = ops.empty(shape, z.dtype) if keeps else z
-        forward = partial(ops._activate, f, z, b, h, keeps, None, state)
-        backward = partial(ops._activation_gradient, f, g, z, None, gb, False, state)
+        forward = partial(ops.kernels.activate, f, z, b, h, keeps, None, state)
+        backward = partial(ops.kernels.activation_gradient, f, g, z, None, gb, False, state)
         yield Case(f"bias_activation {f.name}", shape, (3 if keeps else 2) * z.nbytes, forward)
         yield Case(f"activation_gradient {f.name}, with gb", shape, 3 * z.nbytes, backward)
 
@@ -103,7 +103,7 @@ def _row_wise(ops: Any, size: int) -> Iterator[Case]:
         shape = _shape(ops, size, n)
         z, g = (_numbers(ops, shape, ops.precision.storage_dtype) for _ in range(2))
         yield Case("bias_softmax", shape, 2 * z.nbytes, partial(ops.activate, f, z, z))
-        yield Case("softmax_gradient", shape, 3 * z.nbytes, partial(ops._rowwise_gradient, f, g, z))
+        yield Case("softmax_gradient", shape, 3 * z.nbytes, partial(ops.kernels.rowwise_gradient, f, g, z))
 
 
 def _cross_entropy(ops: Any, size: int) -> Iterator[Case]:
@@ -111,7 +111,7 @@ def _cross_entropy(ops: Any, size: int) -> Iterator[Case]:
         shape, state = _shape(ops, size, n), _state(ops)
         z = _numbers(ops, shape, ops.precision.storage_dtype)
         y, gz = ops.to_device(np.arange(shape[0]) % n), ops.empty(shape, z.dtype)
-        work = partial(ops._cross_entropy, CrossEntropy(), z, y, None, gz, state)
+        work = partial(ops.kernels.cross_entropy, CrossEntropy(), z, y, None, gz, state)
         yield Case("softmax_cross_entropy", shape, 2 * z.nbytes + y.nbytes, work)
 
 

@@ -233,10 +233,10 @@ def test_activations_beyond_31_bits(large, name):
     state, b = large.zeros(len(Slot), np.float64), pattern(n, large.precision.storage_dtype)
 
     def forward(z):
-        large._activate(f, z, b, z, False, None, state)
+        large.kernels.activate(f, z, b, z, False, None, state)
 
     def backward(g):
-        large._activation_gradient(f, g, saved[: len(g)], None, None, False, state)
+        large.kernels.activation_gradient(f, g, saved[: len(g)], None, None, False, state)
 
     z = pattern(ELEMENTS, large.precision.storage_dtype).reshape(-1, n)
     ends_agree(forward, z)
@@ -246,7 +246,7 @@ def test_activations_beyond_31_bits(large, name):
     tail, of_tail = g[-40:].copy(), z[-40:].copy()
     backward(g)
     backward(first)
-    large._activation_gradient(f, tail, of_tail, None, None, False, state)
+    large.kernels.activation_gradient(f, tail, of_tail, None, None, False, state)
     assert g[:40].get().tobytes() == first.get().tobytes()
     assert g[-40:].get().tobytes() == tail.get().tobytes()
 
@@ -259,13 +259,13 @@ def test_softmax_and_cross_entropy_beyond_31_bits(large):
     gz, y = cupy.empty_like(z), cupy.arange(len(z), dtype=np.int64) % n
     state = large.zeros(len(Slot), np.float64)
     large.write_state(state, {Slot.LOSS_SCALE: 1.0, Slot.TOTAL_WEIGHT: 64.0})
-    large._cross_entropy(CrossEntropy(), z, y, None, gz, state)
+    large.kernels.cross_entropy(CrossEntropy(), z, y, None, gz, state)
     for rows in (slice(0, 40), slice(-40, None)):
         part = cupy.empty((40, n), gz.dtype)
-        large._cross_entropy(CrossEntropy(), z[rows].copy(), y[rows].copy(), None, part, state)
+        large.kernels.cross_entropy(CrossEntropy(), z[rows].copy(), y[rows].copy(), None, part, state)
         assert gz[rows].get().tobytes() == part.get().tobytes()
     del gz
-    ends_agree(lambda h: large._activate(ACTIVATIONS["softmax"], h, None, h, False, None, None), z)
+    ends_agree(lambda h: large.kernels.activate(ACTIVATIONS["softmax"], h, None, h, False, None, None), z)
 
 
 def test_gathers_and_copies_beyond_31_bits(large):

@@ -35,7 +35,7 @@ ROWS = [
     {"readers.csv_files", "readers.parquet_files"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
     {"data", "shards", "ops.launch", "ops.exchange", "ops.job_parts"},
-    {"ops.search", "ops.jobs"},
+    {"ops.search", "ops.jobs", "ops.cuda_kernels"},
     {"ops.lt", "ops.crew"},
     {"tables", "ops.gemm", "ops.staging", "ops.epilogues", "ops.mpi", "ops.tape", "parallel.buckets"},
     {"folders", "ops.graphs", "ops.ways", "ops.beside", "ops.nccl"},
@@ -66,8 +66,9 @@ LEANS = {  # of the leaves: what each may import of the package
     "logs": {"checks", "tensorfile"},
     "parallel.ranks": {"notices"},
 }
-CUPY = {"bench.device", "ops.beside", "ops.cuda", "ops.cuda_ops", "ops.device", "ops.epilogues", "ops.gemm",
-        "ops.graphs", "ops.launch", "ops.lt", "ops.nccl", "ops.search", "ops.staging", "ops.ways"}  # fmt: skip
+CUPY = {"bench.device", "ops.beside", "ops.cuda", "ops.cuda_kernels", "ops.cuda_ops", "ops.device", "ops.epilogues",
+        "ops.gemm", "ops.graphs", "ops.launch", "ops.lt", "ops.nccl", "ops.search", "ops.staging",
+        "ops.ways"}  # fmt: skip
 SKLEARN = {"bench.peers.sklearn_peer", "conversion", "estimator_base", "estimators", "hyperparameters", "samples"}
 CLI = {"cli", "__main__"}
 

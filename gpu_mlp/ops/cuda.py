@@ -121,7 +121,7 @@ def activation_gradient(
     gb = cupy.empty(gh.shape[1], ops.precision.master_dtype) if gb is None else gb
     _array("gb", gb, (gh.shape[1],), ops.precision.master)
     state = _state(ops, {Slot.ROUND: round} if dropout else {})
-    ops._activation_gradient(f, gh, None if f.reads == "none" else saved, dropout, gb, accumulate, state)
+    ops.kernels.activation_gradient(f, gh, None if f.reads == "none" else saved, dropout, gb, accumulate, state)
     return gh, gb
 
 
@@ -171,7 +171,7 @@ def softmax_gradient(g: Array, h: Array, *, logarithm: bool = False) -> Array:
     _matrix("g", g)
     _array("h", h, g.shape)
     _one_dtype(g=g, h=h)
-    _operations(g.dtype.name)._rowwise_gradient(activations.get("log_softmax" if logarithm else "softmax"), g, h)
+    _operations(g.dtype.name).kernels.rowwise_gradient(activations.get("log_softmax" if logarithm else "softmax"), g, h)
     return g
 
 
@@ -200,7 +200,7 @@ def product(
     if out is None:
         out = cupy.empty((m, n), a.dtype)
     _array("out", out, (m, n), a.dtype.name, "float32" if a.dtype.itemsize == 2 else a.dtype.name)
-    _operations(a.dtype.name, tf32)._gemm(a, b, out, transpose_a, transpose_b, float(alpha), float(beta))
+    _operations(a.dtype.name, tf32).gemm(a, b, out, transpose_a, transpose_b, float(alpha), float(beta))
     return out
 
 

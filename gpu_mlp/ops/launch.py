@@ -53,6 +53,7 @@ HEADERS = {
 OPTIONS = ("--std=c++17",)  # of NVRTC, beside those that CuPy adds
 
 Macros = tuple[tuple[str, str], ...]
+Geometry = tuple[tuple[int, int], tuple[int, int]]  # grid and block, across and down
 
 
 @functools.cache
@@ -126,7 +127,7 @@ def vector_length(columns: int, *arrays: Any) -> int:
     return length if aligned else 1
 
 
-def tile(rows: int, columns: int, vec: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def tile(rows: int, columns: int, vec: int) -> Geometry:
     """Grid and block for `kernels/tile.cuh`: columns across, rows down, about as many blocks as fill the device."""
     packs = -(-columns // vec)
     across = WARP
@@ -139,20 +140,20 @@ def tile(rows: int, columns: int, vec: int) -> tuple[tuple[int, int], tuple[int,
     return (grid_x, grid_y), (across, down)
 
 
-def by_row(rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def by_row(rows: int, columns: int) -> Geometry:
     """Grid and block for `kernels/rows.cuh`: a warp a row, or a block a row where it is long."""
     block = (THREADS, 1) if columns > WIDE_ROW else (WARP, THREADS // WARP)
     groups = -(-rows // block[1])
     return (min(groups, processors() * BLOCKS_PER_PROCESSOR), 1), block
 
 
-def flat(count: int, vec: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+def flat(count: int, vec: int = 1) -> Geometry:
     """Grid and block for a grid-stride loop over ``count`` elements."""
     blocks = -(-count // (THREADS * vec))
     return (min(blocks, processors() * BLOCKS_PER_PROCESSOR), 1), (THREADS, 1)
 
 
-def by_column(columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def by_column(columns: int) -> Geometry:
     """Grid and block with a warp's width of columns for each block, and several threads down each column."""
     return (-(-columns // WARP), 1), (WARP, THREADS // WARP)
 
@@ -170,7 +171,7 @@ def device_error(error: Exception, what: str, arguments: Sequence[Any]) -> Excep
     return DeviceError(f"{what}({arrays}) failed ({late}): {' '.join(str(error).split())}")
 
 
-def launch(function: Any, geometry: tuple[tuple[int, int], tuple[int, int]], arguments: Sequence[Any]) -> None:
+def launch(function: Any, geometry: Geometry, arguments: Sequence[Any]) -> None:
     """Launch a kernel; a grid without blocks launches nothing. An argument that is None becomes a null pointer."""
     grid, block = geometry
     if grid[0] == 0 or grid[1] == 0:

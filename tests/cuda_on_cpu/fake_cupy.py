@@ -716,8 +716,8 @@ MODULES = {
     "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
-_GPU_ROOMS = ("beside", "cuda", "cuda_ops", "device", "epilogues", "gemm", "graphs", "launch", "lt", "nccl")
-USERS = tuple(f"gpu_mlp.ops.{name}" for name in (*_GPU_ROOMS, "search", "staging", "ways"))
+_GPU_ROOMS = ("beside", "cuda", "cuda_kernels", "cuda_ops", "device", "epilogues", "gemm", "graphs", "launch", "lt")
+USERS = tuple(f"gpu_mlp.ops.{name}" for name in (*_GPU_ROOMS, "nccl", "search", "staging", "ways"))
 
 
 @contextlib.contextmanager
