@@ -169,7 +169,7 @@ def unmasked(argument: str, value: Any) -> None:
 
 def fits(argument: str, array: np.ndarray, dtype: np.dtype) -> None:
     """A ValueError for finite numbers that are too large for ``dtype``, the float type they are about to be cast to."""
-    if not array.size or np.can_cast(array.dtype, dtype, "safe") or dtype.name not in LARGEST:
+    if array.dtype == dtype or not array.size or np.can_cast(array.dtype, dtype, "safe") or dtype.name not in LARGEST:
         return
     limit = LARGEST[dtype.name]
     if max(float(array.max()), -float(array.min())) > limit:

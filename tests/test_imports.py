@@ -25,7 +25,7 @@ LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
     "parallel", "parallel.ranks",
-    "ops.philox", "ops.choices", "ops.crew_kernels", "ops.numba_kernels",
+    "ops.blas", "ops.philox", "ops.choices", "ops.crew_kernels", "ops.numba_kernels",
 }  # fmt: skip
 ROWS = [
     LEAVES,

@@ -16,7 +16,7 @@ import threadpoolctl
 from scipy.special import ndtr
 
 from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Trainer, activations, ops, precision
-from gpu_mlp.ops import jobs, numba_kernels, numpy_ops, philox, tape
+from gpu_mlp.ops import blas, jobs, numba_kernels, numpy_ops, philox, tape
 from gpu_mlp.ops.interface import Dropout, Layout, Slot
 from gpu_mlp.ops.numba_kernels import exp_of_negative, kernel, normal_tail
 from gpu_mlp.ops.numba_ops import NumbaOperations
@@ -176,7 +176,7 @@ SIZES, BATCH = [60, 200, 150, 10], 700
 @pytest.fixture
 def _two_threads():
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        if numpy_ops.blas_threads() != 2:
+        if blas.threads() != 2:
             pytest.skip("this BLAS has no two threads, or none that can be told to")
         yield
 
@@ -265,7 +265,7 @@ def test_an_error_in_a_lane_comes_out_and_the_trainer_goes_on(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("kind", [NumpyOperations, NumbaOperations])
 def test_lanes_cover_every_batch(rows, sizes, threads, kind, monkeypatch):
-    monkeypatch.setattr(numpy_ops, "blas_threads", lambda: threads)
+    monkeypatch.setattr(blas, "threads", lambda: threads)
     lanes, micro = kind(precision.get("float32")).lanes(rows, sizes)
     assert 1 <= lanes <= threads
     assert 1 <= micro <= rows
@@ -278,7 +278,7 @@ def test_lanes_cover_every_batch(rows, sizes, threads, kind, monkeypatch):
     ids=str,
 )
 def test_lanes_are_for_many_rows_of_narrow_layers(sizes, rows, expected, monkeypatch):
-    monkeypatch.setattr(numpy_ops, "blas_threads", lambda: 2)
+    monkeypatch.setattr(blas, "threads", lambda: 2)
     assert NumbaOperations(precision.get("float32")).lanes(rows, sizes)[0] == expected
 
 
@@ -286,7 +286,7 @@ def test_lanes_are_for_many_rows_of_narrow_layers(sizes, rows, expected, monkeyp
 @pytest.mark.parametrize("rule", [SGD(lr=0.1), Adam(lr=1e-2)], ids=repr)
 def test_a_step_that_the_crew_shares_is_the_step_of_one_thread(rule, monkeypatch):
     shared, costs = trained(lambda rows: (1, rows), monkeypatch, optimizer=rule)
-    monkeypatch.setattr(numpy_ops, "blas_threads", lambda: 1)
+    monkeypatch.setattr(blas, "threads", lambda: 1)
     alone, again = trained(lambda rows: (1, rows), monkeypatch, optimizer=rule)
     np.testing.assert_allclose(again, costs, rtol=1e-12)
     np.testing.assert_allclose(shared.net.theta, alone.net.theta, rtol=1e-9, atol=1e-11)
@@ -331,7 +331,7 @@ def test_both_gradients_of_a_layer_are_one_job(threads, monkeypatch):
             work.input_gradient(gz, W, activations.get("relu", "f"), h, None, gz_in, gb, False, state)
             work.weight_gradient(gz, h, gW, False)
 
-    with work._sharing_products(threads), numpy_ops.one_blas_thread():
+    with work._sharing_products(threads), blas.OneThread():
         written = work._writing_down(both)
         assert len(written[0].inner) == 2
         assert written[0].parts == sum(job.parts for job in written[0].inner) <= threads

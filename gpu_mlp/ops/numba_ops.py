@@ -20,12 +20,12 @@ from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Loss
 from ..optimizers import SGD, Adam, Optimizer
 from ..regularizers import ElasticNet
-from . import job_parts, jobs, philox, sharing
+from . import blas, job_parts, jobs, philox, sharing
 from .crew import crew
 from .exchange import Bucket, Exchange
 from .interface import Dropout, Layout, Recorder, Slot
 from .jobs import Job
-from .numpy_ops import Array, NumpyOperations, blas_threads, keep_probability, one_blas_thread, penalised_parts
+from .numpy_ops import Array, NumpyOperations, keep_probability, penalised_parts
 from .tape import Entry, TapeRecorder
 
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
@@ -130,8 +130,8 @@ class NumbaOperations(NumpyOperations):
     @contextmanager
     def tuned_for(self, flop: int, lanes: int = 1) -> Iterator[None]:
         before = self._threads, self._beside
-        with np.errstate(**sharing.QUIET), one_blas_thread():
-            threads = blas_threads()
+        with np.errstate(**sharing.QUIET), blas.OneThread():
+            threads = blas.threads()
             shared = lanes == 1 and threads > 1 and flop >= 2 * jobs.PART_FLOP
             self._threads, self._beside = (threads, threads) if shared else (1, lanes)
             try:

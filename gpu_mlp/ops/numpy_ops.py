@@ -7,9 +7,7 @@ GEMMs multiply float32 copies.
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -26,7 +24,7 @@ from ..losses import FUSED, Loss
 from ..optimizers import SGD, Muon, Optimizer
 from ..precision import Precision
 from ..regularizers import ElasticNet
-from . import philox, sharing
+from . import blas, philox, sharing
 from .exchange import Bucket, Exchange
 from .interface import ALIGNMENT, CLIP_EPS, Dropout, Layout, Operations, Recorder, Slot, Staging
 
@@ -100,7 +98,7 @@ class NumpyOperations(Operations):
     def exchange(self, ranks: Any, g: Array, buckets: Sequence[Bucket], wire: str, scatter: bool) -> Exchange:
         from .mpi import MPIExchange
 
-        _keep_to(ranks.cores())
+        blas.keep_to(ranks.cores())
         return MPIExchange(ranks, g, buckets, wire, scatter)
 
     def write_state(self, state: Array, values: Mapping[Slot, float]) -> None:
@@ -115,7 +113,7 @@ class NumpyOperations(Operations):
 
     def lanes(self, rows: int, sizes: Sequence[int]) -> tuple[int, int]:
         weights = sum(n_in * n_out for n_in, n_out in zip(sizes, sizes[1:]))
-        most = blas_threads() if self._storage == self._compute else 1
+        most = blas.threads() if self._storage == self._compute else 1
         lanes = min(most, 6 * rows * weights // LANE_FLOP, rows // LANE_ROWS)
         if lanes < 2 or weights > MOST_WEIGHTS_A_ROW * rows:
             return 1, rows
@@ -127,13 +125,13 @@ class NumpyOperations(Operations):
         return lanes, min(part, rows)
 
     def tuned_for(self, flop: int, lanes: int = 1) -> AbstractContextManager[None]:
-        threads = blas_threads()
+        threads = blas.threads()
         if lanes > 1:
-            return quiet(one_blas_thread(), self._sharing_passes(lanes))
+            return quiet(blas.OneThread(), self._sharing_passes(lanes))
         if flop < SMALL_GEMM:
-            return quiet(one_blas_thread())
+            return quiet(blas.OneThread())
         if threads > 1 and flop < LARGE_GEMM:
-            return quiet(one_blas_thread(), self._sharing_products(threads))
+            return quiet(blas.OneThread(), self._sharing_products(threads))
         return quiet(self._sharing_passes(threads))
 
     def side_by_side(self, work: Callable[[int], None], states: Sequence[Array], g: Sequence[Array]) -> None:
@@ -669,87 +667,6 @@ def quiet(*inner: AbstractContextManager[None]) -> Iterator[None]:
         for context in inner:
             stack.enter_context(context)
         yield
-
-
-_ONE_BLAS_THREAD = threading.Lock()
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Keep BLAS to one thread; the limit is the process's, so the first thread to come sets it and takes it back.
-
-    On a busy machine the threads of a small GEMM wait for each other for whole time slices of the scheduler: a product
-    of 0.1 ms was seen to take 24 ms.
-    """
-    global _before_the_limit
-    if not _ONE_BLAS_THREAD.acquire(blocking=False):
-        yield  # limited already, by this thread or another
-        return
-    before: list[tuple[int, Callable[[int], object]]] = []
-    try:
-        before += ((threads(), limit) for threads, limit in _blas_limits())
-        _before_the_limit = min((threads for threads, _ in before), default=1)
-        for threads, limit in before:
-            if threads > 1:
-                limit(1)
-        yield
-    finally:
-        for threads, limit in before:
-            if threads > 1:
-                limit(threads)
-        _before_the_limit = None
-        _ONE_BLAS_THREAD.release()
-
-
-_before_the_limit: int | None = None
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "GOTO_NUM_THREADS")
-
-
-def _keep_to(cores: int) -> None:
-    """Keep BLAS, and with it all else that runs in threads, to so many, unless the environment says how many."""
-    if not any(os.environ.get(name) for name in THREADS) and blas_threads() > cores:
-        _blas().limit(limits=cores, user_api="blas")
-
-
-def blas_threads() -> int:
-    """The threads that a GEMM may have, were it not for a limit of ours: the fewest of NumPy's BLAS and any other.
-
-    1 where a user, or a context around this one, wants that.
-    """
-    if _before_the_limit is not None:
-        return _before_the_limit
-    return min((threads() for threads, _ in _blas_limits()), default=1)
-
-
-@functools.cache
-def _blas_limits() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
-    """What tells the threads of every BLAS, and what sets them.
-
-    OpenBLAS's own functions where it has them: threadpoolctl's take as long as a small step, and would keep every other
-    thread of the program from setting anything later.
-    """
-    found = []
-    for library in _blas().lib_controllers:
-        own = [_symbol(library, f"openblas_{verb}_num_threads") for verb in ("get", "set")]
-        if library.internal_api == "openblas" and library.threading_layer == "pthreads" and all(own):
-            found.append((own[0], own[1]))
-        else:
-            found.append((lambda library=library: library.get_num_threads() or 1, library.set_num_threads))
-    return found
-
-
-def _symbol(library: Any, name: str) -> Any:
-    """A function of a BLAS, whatever is put before and behind its name; None where it has none of that name."""
-    names = (f"{before}{name}{behind}" for before in ("", "scipy_") for behind in ("", "64_", "_64"))
-    return next((getattr(library.dynlib, full) for full in names if hasattr(library.dynlib, full)), None)
-
-
-@functools.cache
-def _blas() -> Any:
-    from scipy.linalg import cython_blas  # noqa: F401  (a BLAS of its own, which is loaded now and limited as well)
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas")
 
 
 _ONES: dict[np.dtype, Array] = {}
