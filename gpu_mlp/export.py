@@ -18,6 +18,7 @@ from . import activations, checks
 from .model import Model
 from .network import MLP
 from .preprocessing import Labels, Preprocessor, TargetScaler
+from .preprocessing.categories import Category
 
 OPSET, IR_VERSION = 20, 10
 LARGEST_FILE = 2**31 - 2**20  # a protobuf message stays below 2 GiB; larger weights go into a file beside it
@@ -243,7 +244,7 @@ def _prepare(graph: _Graph, preprocessor: Preprocessor) -> str:
     parts = [_numbers(graph, preprocessor, graph("Concat", *numeric, axis=1))] if numeric else []
     parts += [_one_hot(graph, inputs[j], category) for j, category in texts.items()]
     together = graph("Concat", *parts, axis=1)
-    number_columns, first_columns = preprocessor._layout()
+    number_columns, first_columns = preprocessor.layout()
     places = [np.arange(preprocessor.n_features_out)[number_columns]]
     places += [first + np.arange(len(c.categories)) for first, c in zip(first_columns, preprocessor.categorical)]
     order = np.argsort(np.concatenate(places))  # the columns came numbers first
@@ -260,7 +261,7 @@ def _numbers(graph: _Graph, preprocessor: Preprocessor, x: str) -> str:
     return graph("Div", centred, graph.constant(preprocessor.scale, dtype=np.float64))
 
 
-def _one_hot(graph: _Graph, text: str, category: Any) -> str:
+def _one_hot(graph: _Graph, text: str, category: Category) -> str:
     """(batch, 1) text -> (batch, categories) float64; for an unseen text the fill, or NaN where there is none."""
     equal = graph("Equal", text, graph.constant([list(category.categories)], dtype=object))
     row = graph.cast(equal, np.float64)

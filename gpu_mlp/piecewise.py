@@ -1,7 +1,7 @@
 """Preprocessing fitted to data that is read in pieces: the same numbers as from all of it at once, up to rounding.
 
-Leans on `preprocessing`, whose two passes these are. Between them the pieces are forgotten: what is kept is as large as
-a row, and the different texts and labels.
+Leans on the rooms of `preprocessing`, whose two passes these are. Between them the pieces are forgotten: what is kept
+is as large as a row, and the different texts and labels.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import preprocessing as whole
-from .preprocessing import MAX_CATEGORIES, Labels, Moments, Preprocessor, Survey, TargetScaler
-from .readers import Columns
+from .preprocessing import MAX_CATEGORIES, Columns, Labels, Preprocessor, TargetScaler
+from .preprocessing.categories import Category
+from .preprocessing.columns import Inputs, column_label, refuse_missing
+from .preprocessing.moments import Moments, Survey
+from .preprocessing.targets import label_values, target_numbers, target_values
 
 MOST_LABELS = 100_000  # of a classification; more is the mistake of taking values for classes
 
@@ -38,24 +40,24 @@ class InputsFit:
 
     def look(self, x: NDArray[Any] | Columns) -> None:
         """The first pass: which columns there are, what is missing, sums and bounds, and the texts."""
-        columns = whole._columns(x, self._names)
+        inputs = Inputs.of(x, self._names)
         if self._survey is None:
-            self._begin(columns)
+            self._begin(inputs)
         assert self._survey is not None
-        self._survey.add(whole._numbers(columns, self._names, self._text))
+        self._survey.add(inputs.numbers(self._text))
         for j in self._text:
-            texts = whole._texts(whole._label(self._names, j), columns[j])
+            texts = inputs.texts(j)
             self._counts[j].update(text for text in texts if text is not None)
             self._missing[j] += texts.count(None)
             if len(self._counts[j]) > self._most:
                 self._category(j)  # refuses it now, before more of it is gathered
 
-    def _begin(self, columns: NDArray[Any] | list[NDArray[Any]]) -> None:
-        _, self._d = whole._size(columns)
-        self._text = [j for j in range(self._d) if isinstance(columns, list) and columns[j].dtype.kind in "OU"]
+    def _begin(self, inputs: Inputs) -> None:
+        _, self._d = inputs.shape
+        self._text = inputs.text
         self._counts: dict[int, Counter[str]] = {j: Counter() for j in self._text}
         self._missing = dict.fromkeys(self._text, 0)
-        labels = whole._numbers(columns, self._names, self._text).labels
+        labels = inputs.numbers(self._text).labels
         if labels and self._impute in ("median", "most_frequent"):
             raise ValueError(
                 f"impute: {self._impute!r} needs all the values of a column at once, and a data set that is read in "
@@ -63,10 +65,10 @@ class InputsFit:
             )
         self._survey = Survey(labels)
 
-    def _category(self, j: int) -> whole._Category:
+    def _category(self, j: int) -> Category:
         assert self._survey is not None
-        label = whole._label(self._names, j)
-        return whole._Category.of(j, label, self._counts[j], self._survey.rows, self._impute, self._most)
+        label = column_label(self._names, j)
+        return Category.fit(j, label, self._counts[j], self._survey.rows, self._impute, self._most)
 
     def _settle(self) -> Survey:
         """What the first pass has found, once it is seen to be all right."""
@@ -76,7 +78,7 @@ class InputsFit:
         if self._moments is None:
             if self._impute is None:
                 missing = [self._missing[j] for j in self._text]
-                whole._refuse_missing(survey.rows, self._names, self._text, missing, survey.missing)
+                refuse_missing(survey.rows, self._names, self._text, missing, survey.missing)
             self._fills = None if self._impute is None else survey.fills(None)
             self._moments = Moments(survey, self._fills)
         return survey
@@ -85,7 +87,7 @@ class InputsFit:
         """The second pass: the deviations."""
         self._settle()
         assert self._moments is not None
-        self._moments.add(whole._numbers(whole._columns(x, self._names), self._names, self._text))
+        self._moments.add(Inputs.of(x, self._names).numbers(self._text))
 
     def result(self) -> Preprocessor:
         """What `Preprocessor.fit` would have found."""
@@ -109,7 +111,7 @@ class LabelsFit:
 
     def look(self, y: NDArray[Any]) -> None:
         """Gather the labels of a piece."""
-        values = whole._label_values(y)
+        values = label_values(y)
         self._dtype = values.dtype if self._dtype is None else np.promote_types(self._dtype, values.dtype)
         self._found.update(values.tolist())
         if len(self._found) > MOST_LABELS:
@@ -133,7 +135,7 @@ class ScalerFit:
 
     def look(self, y: NDArray[Any]) -> None:
         """The first pass: sums and bounds."""
-        numbers = whole.target_numbers(whole._target_values(y))
+        numbers = target_numbers(target_values(y))
         if self._survey is None:
             self._survey, self._ndim = Survey(numbers.labels), 1 if y.ndim == 1 else 2
         self._survey.add(numbers)
@@ -142,7 +144,7 @@ class ScalerFit:
         """The second pass: the deviations."""
         assert self._survey is not None
         self._moments = self._moments or Moments(self._survey, None)
-        self._moments.add(whole.target_numbers(whole._target_values(y)))
+        self._moments.add(target_numbers(target_values(y)))
 
     def result(self) -> TargetScaler:
         """What `TargetScaler.fit` would have found."""

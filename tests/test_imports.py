@@ -24,15 +24,15 @@ HEAVY = ("cupy", "typer", "click", "sklearn", "rich", "scipy", "matplotlib", "pa
 LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
-    "parallel", "parallel.ranks",
+    "parallel", "parallel.ranks", "preprocessing.values",
     "ops.blas", "ops.philox", "ops.choices", "ops.crew_kernels", "ops.numba_kernels",
 }  # fmt: skip
 ROWS = [
     LEAVES,
-    {"readers.untrusted"},
-    {"readers.rawdata"},
-    {"readers.tabular", "readers.idx", "readers.numpy_files"},
-    {"readers.csv_files", "readers.parquet_files"},
+    {"readers.untrusted", "preprocessing.moments", "preprocessing.states"},
+    {"readers.rawdata", "preprocessing.columns", "preprocessing.targets"},
+    {"readers.tabular", "readers.idx", "readers.numpy_files", "preprocessing.categories"},
+    {"readers.csv_files", "readers.parquet_files", "preprocessing.preprocessor"},
     {"readers", "preprocessing", "ops.interface", "ops.sharing"},
     {"data", "shards", "ops.launch", "ops.exchange", "ops.job_parts"},
     {"ops.search", "ops.jobs", "ops.cuda_kernels"},

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gpu_mlp import preprocessing
-from gpu_mlp.preprocessing import Labels, Preprocessor, TargetScaler, infer_task
+from gpu_mlp.preprocessing import Labels, Preprocessor, TargetScaler, infer_task, moments
 
 QUICK = settings(max_examples=40, deadline=None, database=None)
 
@@ -75,7 +74,7 @@ def test_blocks_of_rows_change_nothing_but_the_last_digits(monkeypatch):
     table = {f"c{j}": x[:, j] for j in range(7)} | {"t": rng.choice(["u", "v"], 101)}
     whole, whole_table = Preprocessor.fit(x, impute="mean"), Preprocessor.fit(table, impute="mean")
     outputs = whole.transform(x, np.float64), whole_table.transform(table, np.float64)
-    monkeypatch.setattr(preprocessing, "BLOCK_VALUES", 30)
+    monkeypatch.setattr(moments, "BLOCK_VALUES", 30)
     blocks, blocks_table = Preprocessor.fit(x, impute="mean"), Preprocessor.fit(table, impute="mean")
     np.testing.assert_allclose(blocks.mean, whole.mean, rtol=1e-13)
     np.testing.assert_allclose(blocks.scale, whole.scale, rtol=1e-13)
@@ -208,7 +207,7 @@ def test_a_wholly_missing_column_is_filled_at_transform():
 
 
 def test_infinite_values_are_refused_by_row_and_column(monkeypatch):
-    monkeypatch.setattr(preprocessing, "BLOCK_VALUES", 4)
+    monkeypatch.setattr(moments, "BLOCK_VALUES", 4)
     x = np.zeros((9, 2))
     x[7, 1] = -np.inf
     for impute in (None, "mean"):
