@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sklearn import neural_network
@@ -16,15 +16,12 @@ from sklearn.base import ClassifierMixin
 from . import hyperparameters, solvers
 from .hyperparameters import THEIR_NAME
 
-if TYPE_CHECKING:
-    from .estimator_base import BaseMLP
-
 THEIR_ACTIVATIONS = ("identity", "logistic", "tanh", "relu")
 THEIR_SOLVERS = ("lbfgs", "sgd", "adam")
 ONLY_HERE = ("device", "progress")  # parameters that another library has no use for, whatever they are
 
 
-def to_sklearn(ours: BaseMLP) -> Any:
+def to_sklearn(ours: Any) -> Any:
     """scikit-learn's estimator of the same name as ``ours``."""
     kind = _counterpart(type(ours))
     activation = THEIR_NAME.get(ours.activation, ours.activation)
@@ -52,7 +49,7 @@ def to_sklearn(ours: BaseMLP) -> Any:
     return theirs
 
 
-def from_sklearn(kind: type[BaseMLP], theirs: Any, parameters: dict[str, Any]) -> Any:
+def from_sklearn(kind: type, theirs: Any, parameters: dict[str, Any]) -> Any:
     """The estimator of class ``kind`` that ``theirs`` is, with ``parameters`` beside those it has."""
     if not isinstance(theirs, _counterpart(kind)):
         raise TypeError(
@@ -83,7 +80,7 @@ def _counterpart(kind: type) -> Any:
     return neural_network.MLPClassifier if issubclass(kind, ClassifierMixin) else neural_network.MLPRegressor
 
 
-def _altered(estimator: BaseMLP) -> list[str]:
+def _altered(estimator: Any) -> list[str]:
     """The parameters that differ from their defaults."""
     default = type(estimator)().get_params()
     return [name for name, value in estimator.get_params().items() if not np.array_equal(value, default[name])]

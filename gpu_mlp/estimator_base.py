@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,49 +19,15 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from . import conversion, hyperparameters, samples, solvers
+from .hyperparameters import Hyperparameters
 from .network import MLP
-from .optimizers import LBFGS, Optimizer
+from .optimizers import LBFGS
 from .progress import Progress
-from .schedules import Schedule
 from .signals import interrupt_between_steps
 
-Callback = Callable[[Any, "dict[str, float]"], Any]
 
-
-class BaseMLP(BaseEstimator):
+class BaseMLP(Hyperparameters, BaseEstimator):
     """An estimator with one `MLP` in it; what the classifier and the regressor differ in is left to them."""
-
-    hidden_layer_sizes: Any
-    activation: str
-    solver: str | Optimizer
-    alpha: float
-    batch_size: int | str
-    learning_rate: str
-    learning_rate_init: float
-    power_t: float
-    max_iter: int
-    loss: str
-    shuffle: bool
-    random_state: Any
-    tol: float
-    verbose: bool | int
-    warm_start: bool
-    momentum: float
-    nesterovs_momentum: bool
-    early_stopping: bool
-    validation_fraction: float
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    n_iter_no_change: float
-    max_fun: int
-    device: str
-    precision: str
-    dropout: Any
-    schedule: str | Schedule | None
-    clip_norm: float | None
-    callbacks: Sequence[Callback]
-    progress: bool
 
     _parameter_constraints = hyperparameters.CONSTRAINTS
 

@@ -27,8 +27,8 @@ try:  # the rooms below need scikit-learn too
     from sklearn.utils.multiclass import _check_partial_fit_first_call, type_of_target, unique_labels
 
     from . import samples
-    from .estimator_base import BaseMLP, Callback
-    from .hyperparameters import CONSTRAINTS
+    from .estimator_base import BaseMLP
+    from .hyperparameters import CONSTRAINTS, Callback
 except ImportError as error:
     raise ImportError(
         f"the estimators need scikit-learn 1.7 or later ({error}): pip install 'gpu-mlp[sklearn]'"

@@ -5,8 +5,9 @@ Leans on scikit-learn for the table of what is allowed and on `solvers` for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sklearn.utils._param_validation import Interval, Options, StrOptions
@@ -17,9 +18,7 @@ from .optimizers import LBFGS, OPTIMIZERS, SGD, Adam, Optimizer
 from .precision import PRECISIONS
 from .schedules import Schedule
 
-if TYPE_CHECKING:
-    from .estimator_base import BaseMLP
-
+Callback = Callable[[Any, "dict[str, float]"], Any]
 HIDDEN = tuple(name for name, f in activations.ACTIVATIONS.items() if not f.rowwise)  # what a hidden layer may be
 OUR_NAME = {"logistic": "sigmoid"}  # scikit-learn's name of an activation, where it is another
 THEIR_NAME = {ours: theirs for theirs, ours in OUR_NAME.items()}
@@ -59,72 +58,109 @@ CONSTRAINTS: dict[str, list[Any]] = {  # of those that both estimators have
 }
 
 
-def hidden_sizes(estimator: BaseMLP) -> list[int]:
+class Hyperparameters:
+    """What an estimator was made with, under the names of its arguments, and what its output is."""
+
+    hidden_layer_sizes: Any
+    activation: str
+    solver: str | Optimizer
+    alpha: float
+    batch_size: int | str
+    learning_rate: str
+    learning_rate_init: float
+    power_t: float
+    max_iter: int
+    loss: str
+    shuffle: bool
+    random_state: Any
+    tol: float
+    verbose: bool | int
+    warm_start: bool
+    momentum: float
+    nesterovs_momentum: bool
+    early_stopping: bool
+    validation_fraction: float
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    n_iter_no_change: float
+    max_fun: int
+    device: str
+    precision: str
+    dropout: Any
+    schedule: str | Schedule | None
+    clip_norm: float | None
+    callbacks: Sequence[Callback]
+    progress: bool
+    out_activation_: str
+
+
+def hidden_sizes(chosen: Hyperparameters) -> list[int]:
     """The widths of the hidden layers; ValueError where one is not positive."""
-    sizes = estimator.hidden_layer_sizes
+    sizes = chosen.hidden_layer_sizes
     sizes = list(sizes) if hasattr(sizes, "__iter__") else [sizes]
     if any(size <= 0 for size in sizes):
         raise ValueError(f"hidden_layer_sizes must be > 0, got {sizes}.")
     return sizes
 
 
-def full_batch(estimator: BaseMLP) -> bool:
+def full_batch(chosen: Hyperparameters) -> bool:
     """Whether the solver takes the whole data set at once."""
-    return estimator.solver == "lbfgs" or isinstance(estimator.solver, LBFGS)
+    return chosen.solver == "lbfgs" or isinstance(chosen.solver, LBFGS)
 
 
-def check_combinations(estimator: BaseMLP, incremental: bool) -> None:
+def check_combinations(chosen: Hyperparameters, incremental: bool) -> None:
     """Refuse parameters that mean nothing together, before any work."""
-    if incremental and estimator.early_stopping:
+    if incremental and chosen.early_stopping:
         raise ValueError("early_stopping: partial_fit does not support early_stopping=True")
-    if estimator.schedule is not None and estimator.solver == "sgd" and estimator.learning_rate != "constant":
+    if chosen.schedule is not None and chosen.solver == "sgd" and chosen.learning_rate != "constant":
         raise ValueError(
-            f"schedule: learning_rate={estimator.learning_rate!r} is one already; leave learning_rate at 'constant'"
+            f"schedule: learning_rate={chosen.learning_rate!r} is one already; leave learning_rate at 'constant'"
         )
-    if not all(callable(callback) for callback in estimator.callbacks):
+    if not all(callable(callback) for callback in chosen.callbacks):
         raise TypeError("callbacks: every one must be callable as callback(estimator, row)")
-    if full_batch(estimator):
+    if full_batch(chosen):
         for name in ("schedule", "clip_norm"):
-            if getattr(estimator, name) is not None:
+            if getattr(chosen, name) is not None:
                 raise ValueError(f"{name}: L-BFGS finds its steps itself, so it can have none")
 
 
-def network(estimator: BaseMLP, sizes: tuple[int, ...], dtype: np.dtype, seed: int = 0) -> MLP:
+def network(chosen: Hyperparameters, sizes: tuple[int, ...], dtype: np.dtype, seed: int = 0) -> MLP:
     """The network of these widths, its weights still zeros; in ``dtype``, X's, where precision is "auto"."""
-    f, output = (OUR_NAME.get(name, name) for name in (estimator.activation, estimator.out_activation_))
-    dropout = estimator.dropout if np.ndim(estimator.dropout) == 0 else list(estimator.dropout)
-    precision = dtype.name if estimator.precision == "auto" else estimator.precision
-    return solvers.network(sizes, f, output, dropout, precision, estimator.device, seed)
+    f, output = (OUR_NAME.get(name, name) for name in (chosen.activation, chosen.out_activation_))
+    dropout = chosen.dropout if np.ndim(chosen.dropout) == 0 else list(chosen.dropout)
+    precision = dtype.name if chosen.precision == "auto" else chosen.precision
+    return solvers.network(sizes, f, output, dropout, precision, chosen.device, seed)
 
 
-def objective(estimator: BaseMLP, net: MLP) -> solvers.Objective:
+def objective(chosen: Hyperparameters, net: MLP) -> solvers.Objective:
     """J, as scikit-learn counts it."""
     dtype = net._precision.master_dtype
-    return solvers.objective(estimator.loss, net.output, net.sizes[-1], float(estimator.alpha), dtype)
+    return solvers.objective(chosen.loss, net.output, net.sizes[-1], float(chosen.alpha), dtype)
 
 
-def optimizer(estimator: BaseMLP) -> Optimizer:
+def optimizer(chosen: Hyperparameters) -> Optimizer:
     """The rule that ``solver`` names, with scikit-learn's hyperparameters for its three."""
-    solver = estimator.solver
+    solver = chosen.solver
     if isinstance(solver, Optimizer):
         return solver
-    lr = float(estimator.learning_rate_init)
+    lr = float(chosen.learning_rate_init)
     if solver == "sgd":
-        return SGD(lr, estimator.momentum, nesterov=bool(estimator.nesterovs_momentum and estimator.momentum > 0))
+        return SGD(lr, chosen.momentum, nesterov=bool(chosen.nesterovs_momentum and chosen.momentum > 0))
     if solver == "adam":
-        return Adam(lr, (estimator.beta_1, estimator.beta_2), estimator.epsilon, epsilon_hat=True)
+        return Adam(lr, (chosen.beta_1, chosen.beta_2), chosen.epsilon, epsilon_hat=True)
     if solver == "lbfgs":
-        return LBFGS(tolerance_grad=estimator.tol, tolerance_change=SCIPY_FTOL, max_eval=estimator.max_fun)
+        return LBFGS(tolerance_grad=chosen.tol, tolerance_change=SCIPY_FTOL, max_eval=chosen.max_fun)
     return OPTIMIZERS[solver](lr=lr)
 
 
-def descent(estimator: BaseMLP, net: MLP, steps: int) -> solvers.Descent:
+def descent(chosen: Hyperparameters, net: MLP, steps: int) -> solvers.Descent:
     """A descent from no momentum; ``steps`` are the updates of an epoch."""
-    solver = estimator.solver
-    lr = solver.lr if isinstance(solver, Optimizer) else estimator.learning_rate_init
-    rate = solvers.Rate(lr, estimator.learning_rate if solver == "sgd" else "constant", estimator.power_t)
+    solver = chosen.solver
+    lr = solver.lr if isinstance(solver, Optimizer) else chosen.learning_rate_init
+    rate = solvers.Rate(lr, chosen.learning_rate if solver == "sgd" else "constant", chosen.power_t)
     schedule = None
-    if estimator.schedule is not None:
-        schedule = schedules.get(estimator.schedule).over(steps * estimator.max_iter, estimator.max_iter)
-    clip_norm = None if estimator.clip_norm is None else float(estimator.clip_norm)
-    return solvers.Descent(net, objective(estimator, net), optimizer(estimator), rate, schedule, clip_norm)
+    if chosen.schedule is not None:
+        schedule = schedules.get(chosen.schedule).over(steps * chosen.max_iter, chosen.max_iter)
+    clip_norm = None if chosen.clip_norm is None else float(chosen.clip_norm)
+    return solvers.Descent(net, objective(chosen, net), optimizer(chosen), rate, schedule, clip_norm)

@@ -6,19 +6,17 @@ to the host.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import _check_n_features, _check_sample_weight, check_X_y, validate_data
 
 from . import checks, ops
 from . import precision as precisions
 from .ops.interface import Operations
-
-if TYPE_CHECKING:
-    from .estimator_base import BaseMLP
 
 FLOATS = (np.float64, np.float32)
 SPARSE = ("csr", "csc")
@@ -34,7 +32,7 @@ def on_device(*arrays: Any) -> bool:
     )
 
 
-def from_device(estimator: BaseMLP, X: Any, y: Any, sample_weight: Any, reset: bool) -> tuple[Any, Any, Any]:
+def from_device(estimator: BaseEstimator, X: Any, y: Any, sample_weight: Any, reset: bool) -> tuple[Any, Any, Any]:
     """X as a CuPy array, checked, where it is on the GPU; what else is there comes to the host, y and weights.
 
     X: (n_samples, n_features); y: (n_samples,) or (n_samples, n_outputs); sample_weight: (n_samples,) or None. With
@@ -47,7 +45,7 @@ def from_device(estimator: BaseMLP, X: Any, y: Any, sample_weight: Any, reset: b
     return (_device_rows(estimator, work, X, reset) if on_device(X) else X), y, sample_weight
 
 
-def checked(estimator: BaseMLP, X: Any, y: Any, reset: bool, y_numeric: bool = False) -> tuple[Any, NDArray[Any]]:
+def checked(estimator: BaseEstimator, X: Any, y: Any, reset: bool, y_numeric: bool = False) -> tuple[Any, NDArray[Any]]:
     """X, (n_samples, n_features), and y, after scikit-learn's checks.
 
     Of an X on the GPU, which has had its own in `from_device`, a stand-in goes through them.
@@ -67,7 +65,7 @@ def weights(X: Any, sample_weight: Any, class_weight: NDArray[Any] | None) -> ND
     return sample_weight * class_weight
 
 
-def unseen(estimator: BaseMLP, work: Operations, X: Any) -> Any:
+def unseen(estimator: BaseEstimator, work: Operations, X: Any) -> Any:
     """Rows to predict from, (n_samples, n_features), checked against those of the fit, as a network takes them."""
     if on_device(X):
         return _device_rows(estimator, work, X, reset=False)
@@ -79,7 +77,7 @@ def rowwise(X: Any) -> Any:
     return X.tocsr() if issparse(X) else X
 
 
-def _device_rows(estimator: BaseMLP, work: Operations, X: Any, reset: bool) -> Any:
+def _device_rows(estimator: BaseEstimator, work: Operations, X: Any, reset: bool) -> Any:
     """X on the GPU, (n_samples, n_features), with the checks that scikit-learn makes of one on the host."""
     if not work.waits:
         checks.on_host("X", X)
