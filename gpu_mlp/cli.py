@@ -1,4 +1,4 @@
-"""The command `gpu-mlp`: train, sweep, evaluate, predict, make-data, info, check, bench.
+"""The command `gpu-mlp`: train, sweep, evaluate, predict, export, make-data, info, check, bench.
 
 The topmost room: turns words into calls of `runs`, `model`, `environment`, `selfcheck` and `bench`, and errors into one
 line on standard error. Exit status: 0 done; 1 training diverged or a check failed; 2 bad options, data or files; 130
@@ -278,6 +278,27 @@ def _target_in(data: str, given: str | None, model: Any) -> str | None:
 
 
 # --- make-data ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="File to write: .onnx", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="What the graph computes in: float32 or float64")] = "float32",
+) -> None:
+    """Write a model, its preprocessing and its labels as an ONNX graph, which other runtimes compute with."""
+    from .export import to_onnx
+    from .model import Model
+
+    if out.suffix != ".onnx":
+        raise ValueError(f"out: expected a file name that ends in .onnx, got {out}")
+    loaded = Model.load(model, "cpu")
+    try:
+        made = to_onnx(loaded, out, dtype)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    inputs, outputs = (", ".join(value.name for value in values) for values in (made.graph.input, made.graph.output))
+    _say(f"{out}: from {inputs} to {outputs}")
 
 
 @app.command(name="make-data")

@@ -569,6 +569,51 @@ def test_a_built_in_set_has_its_own_target_whatever_the_model_was_trained_on(in_
         assert "expected 3 columns" in said
 
 
+# --- a graph for other runtimes --------------------------------------------------------------------------------------
+
+
+def test_an_exported_graph_predicts_what_the_model_does(in_shop, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    assert in_shop.done("export", "m", tmp_path / "m.onnx") == ""
+    table = _animals()
+    inputs = {name: np.asarray(table[name]).reshape(-1, 1) for name in ("a", "b", "colour")}
+    made = onnx.load(tmp_path / "m.onnx")
+    kinds = {value.name: value.type.tensor_type.elem_type for value in made.graph.input}
+    assert set(kinds) == set(inputs)
+    inputs["colour"] = inputs["colour"].astype(object)
+    found = dict(zip((value.name for value in made.graph.output), ReferenceEvaluator(made).run(None, inputs)))
+    _, rows = _read(in_shop.done("predict", "m", "--data", "animals.csv"))
+    assert found["label"].tolist() == [row[0] for row in rows]
+
+
+def test_an_export_tells_what_goes_in_and_comes_out(in_shop, tmp_path):
+    pytest.importorskip("onnx")
+    status, out, err = in_shop("export", "m", tmp_path / "m.onnx", "--dtype", "float64")
+    assert (status, out) == (0, "")
+    assert err == f"{tmp_path / 'm.onnx'}: from a, b, colour to label, probabilities\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("m", "m.pt"), "out: expected a file name that ends in .onnx, got m.pt"),
+        (("nowhere", "m.onnx"), "nowhere"),
+        (("m", "m.onnx", "--dtype", "float16"), "dtype: unknown name 'float16'"),
+        (("m", "nowhere/m.onnx"), "No such file or directory"),
+    ],
+)
+def test_an_export_that_is_refused(words, told, in_shop):
+    pytest.importorskip("onnx")
+    assert told in in_shop.refused("export", *words)
+
+
+def test_an_export_without_onnx_says_what_to_install(in_shop, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "pip install 'gpu-mlp[onnx]'" in in_shop.refused("export", "m", "m.onnx")
+
+
 # --- what is refused: exit status 2, one line, nothing left ---------------------------------------------------------
 
 
