@@ -178,21 +178,22 @@ def _floor_goal(record: Record) -> float:
 def losses(results: Results) -> str:
     """The rows in which somebody is faster, worst first, with where our time goes there."""
     parts = {r["name"]: r for r in results.of("breakdown") if "seconds" in r}
-    found = []
-    for part in ("steps", "overhead"):
-        for r in results.of(part):
-            faster = {n: t["median"] for n, t in r.get("over_ours", {}).items() if t["median"] < LOSING}
-            if faster:
-                found.append((min(faster.values()), r, faster))
-    measured = [r for part in ("steps", "overhead") for r in results.of(part) if OURS in r.get("contenders", {})]
+    timed = ("steps", "overhead", "scaling")
+    measured = [r for part in timed for r in results.of(part) if OURS in r.get("contenders", {})]
     if not measured:
         return ""
+    found = []
+    for r in measured:
+        faster = {n: t["median"] for n, t in r.get("over_ours", {}).items() if t["median"] < LOSING}
+        if faster:
+            found.append((min(faster.values()), r, faster))
     if not found:
         return f"In none of the {len(measured)} rows is any peer faster."
     rows = []
     for _, r, faster in sorted(found, key=lambda item: item[0]):
         who = ", ".join(f"{name} {value:.2f}" for name, value in sorted(faster.items(), key=lambda item: item[1]))
-        rows.append([r["name"], who, ratio(r["over_floor"][OURS]), _where(parts.get(r["name"]))])
+        name = f"{r['name']} under *Scaling*" if "axis" in r else r["name"]
+        rows.append([name, who, ratio(r["over_floor"][OURS]), _where(parts.get(r["name"]))])
     told = f"In {len(found)} of {len(measured)} rows somebody is faster than this library:"
     head = ["a step of", "who, and their time over ours", "ours over bare GEMMs", "where our time goes"]
     return told + "\n\n" + table(head, rows)
