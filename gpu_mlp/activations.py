@@ -217,9 +217,10 @@ def _tanh(z: Array, h: Array, t: Scratch) -> None:
 
 
 def _tanh_gradient(g: Array, h: Array, t: Scratch) -> None:
-    """1 − h²"""
-    np.multiply(h, h, out=t.a)
-    np.subtract(1, t.a, out=t.a)
+    """1 − h² = (1 − h) (1 + h), which keeps its digits where h is close to ±1"""
+    np.subtract(1, h, out=t.a)
+    np.add(1, h, out=t.b)
+    np.multiply(t.a, t.b, out=t.a)
     np.multiply(g, t.a, out=g)
 
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ S f_sigmoid(S z) { return S(1) / (S(1) + M(exp)(-z));
 __device__ __forceinline__ S df_sigmoid(S h) { return h * (S(1) - h); }
 
 __device__ __forceinline__ S f_tanh(S z) { return M(tanh)(z); }
-__device__ __forceinline__ S df_tanh(S h) { return S(1) - h * h; }
+__device__ __forceinline__ S df_tanh(S h) { return (S(1) - h) * (S(1) + h); }
 
 __device__ __forceinline__ S f_softplus(S z) { return smax(z, S(0)) + M(log1p)(M(exp)(-M(fabs)(z))); }
 __device__ __forceinline__ S df_softplus(S z) { return f_sigmoid(z); }

@@ -13,14 +13,18 @@ import weakref
 import numpy as np
 import pytest
 import threadpoolctl
-from scipy.special import ndtr
+from numba import njit
+from scipy.special import expit, ndtr
 
 from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Trainer, activations, ops, precision
 from gpu_mlp.ops import blas, jobs, numba_kernels, numpy_ops, philox, tape
 from gpu_mlp.ops.interface import Dropout, Layout, Slot
-from gpu_mlp.ops.numba_kernels import exp_of_negative, kernel, normal_tail
+from gpu_mlp.ops.numba_kernels import exp_of_negative, normal_tail, sigmoid_of, tanh_of
 from gpu_mlp.ops.numba_ops import NumbaOperations
 from gpu_mlp.ops.numpy_ops import NumpyOperations
+
+# As the kernels are compiled, but not kept: Numba would not see that a formula in another file has changed.
+kernel = njit(fastmath={"contract"}, error_model="numpy")
 
 
 @kernel
@@ -33,6 +37,38 @@ def exp_each(x, out):
 def tail_each(a, out):
     for i in range(a.size):
         out[i] = normal_tail(a[i], exp_of_negative(np.float32(-0.5) * a[i] * a[i]))
+
+
+@kernel
+def tanh_each(x, out):
+    for i in range(x.size):
+        out[i] = tanh_of(x[i])
+
+
+@kernel
+def sigmoid_each(x, out):
+    for i in range(x.size):
+        out[i] = sigmoid_of(x[i])
+
+
+@pytest.mark.parametrize(("each", "exact"), [(tanh_each, np.tanh), (sigmoid_each, expit)], ids=["tanh", "sigmoid"])
+def test_tanh_and_sigmoid_are_right_to_three_units_in_the_last_place(each, exact):
+    x = np.concatenate([np.linspace(-86, 86, 1_000_003), np.linspace(-1, 1, 1_000_003), np.logspace(-30, 0, 999)])
+    x = x.astype(np.float32)
+    found, expected = np.empty_like(x), exact(x.astype(np.float64))
+    each(x, found)
+    assert np.max(np.abs(found - expected) / np.abs(np.spacing(expected.astype(np.float32)))) < 3
+
+
+@pytest.mark.parametrize(
+    ("each", "limits"), [(tanh_each, [0, -0.0, 1, -1]), (sigmoid_each, [0.5, 0.5, 1, 0])], ids=["tanh", "sigmoid"]
+)
+def test_tanh_and_sigmoid_at_the_ends(each, limits):
+    x = np.array([0, -0.0, 1e4, -1e4, np.inf, -np.inf, np.nan], np.float32)
+    found = np.empty_like(x)
+    each(x, found)
+    np.testing.assert_array_equal(found, np.array([*limits, *limits[2:], np.nan], np.float32))
+    assert np.signbit(found[1]) == np.signbit(np.float32(limits[1]))
 
 
 def test_exp_is_right_to_one_and_a_half_units_in_the_last_place():
@@ -73,17 +109,23 @@ def test_gelu_and_its_derivative_at_the_ends_of_the_range(n):
         np.testing.assert_allclose(slope[0], tail + exact * density, rtol=1e-5, atol=1e-36)
 
 
-def test_a_column_has_the_same_bits_in_every_place_of_a_vector():
+@pytest.mark.parametrize("f", ["gelu", "tanh", "sigmoid"])
+def test_a_column_has_the_same_bits_in_every_place_of_a_vector(f):
     """A column at the end of a row takes the scalar loop, one in the middle a vector: contraction must not tell."""
     rng = np.random.default_rng(0)
     column = rng.normal(size=(70, 1)).astype(np.float32) * 3
     g = rng.normal(size=(70, 1)).astype(np.float32)
     results = set()
     for width in range(1, 40):
-        z, gz = np.repeat(column, width, axis=1), np.repeat(g, width, axis=1)  # z becomes f′
+        z, gz = np.repeat(column, width, axis=1), np.repeat(g, width, axis=1)
         h, b, gb = np.empty_like(z), np.full(width, 0.25, np.float32), np.zeros(width, np.float32)
-        numba_kernels.bias_gelu(z, b, h)
-        numba_kernels.slope_gradient(gz, z, gb)
+        if f == "gelu":
+            numba_kernels.bias_gelu(z, b, h)  # z becomes f′
+            numba_kernels.slope_gradient(gz, z, gb)
+        else:
+            getattr(numba_kernels, f"bias_{f}")(z, b)
+            h = z
+            getattr(numba_kernels, f"{f}_gradient")(gz, h, np.float32(0.75), gb)
         for j in range(width):
             results.add((z[:, j].tobytes(), h[:, j].tobytes(), gz[:, j].tobytes(), gb[j].tobytes()))
     assert len(results) == 1

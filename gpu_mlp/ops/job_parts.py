@@ -4,7 +4,7 @@ Leans on `crew_kernels` for BLAS and addresses, and on `numba_kernels` for the p
 part of a layer is some rows of it, or some columns where there are few rows: their share of the product, and the pass
 over it while it is in the cache. Whatever changes from step to step is in the state, as on a GPU.
 
-Numba keeps what it has compiled, by the date of the file that it is in; `_SOURCES` stands for the other files.
+Numba keeps what it has compiled while the file that it is in stays as it is; `_SOURCES` stands for the other files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .interface import CLIP_EPS, Slot
 Array = NDArray[Any]
 ROWS = 64  # of one part of a sum over rows: a fixed order, whatever the number of threads
 FLAT = 1 << 16  # numbers of one part of a sum over θ
-IDENTITY, RELU, GELU = range(3)  # f; of gelu f′ stands in the place of z
+IDENTITY, RELU, GELU, TANH, SIGMOID = range(5)  # f; of gelu f′ stands in the place of z
 
 _SOURCES = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (crew_kernels, numba_kernels)))
 _OPTIONS: dict[str, Any] = {"nopython": True, "fastmath": {"contract"}, "error_model": "numpy"}
@@ -183,6 +183,10 @@ def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
             numba_kernels.bias_relu(z, bias)
         elif f == GELU:
             numba_kernels.bias_gelu(z, bias, h)
+        elif f == TANH:
+            numba_kernels.bias_tanh(z, bias)
+        elif f == SIGMOID:
+            numba_kernels.bias_sigmoid(z, bias)
         else:
             numba_kernels.bias(z, bias)
         if drops:
@@ -203,7 +207,7 @@ def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
         first, count = _part(whole, r.step, index)
         if r.k:
             _multiply(r, size, kind(1), kind(0), first, count)
-        scale, columns = kind(r.scale), n if r.by_rows else count
+        scale, keep, columns = kind(r.scale), kind(1 / r.scale), n if r.by_rows else count
         room = carray(pointer(r.sums + 2 * size * (index * n if r.by_rows else first)), (2, columns), kind)
         some, total = room[0], room[1]
         total[:] = 0
@@ -220,6 +224,10 @@ def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
                 numba_kernels.relu_gradient(g, saved, scale, some)
             elif f == GELU:
                 numba_kernels.slope_gradient(g, saved, some)
+            elif f == TANH:
+                numba_kernels.tanh_gradient(g, saved, keep, some)
+            elif f == SIGMOID:
+                numba_kernels.sigmoid_gradient(g, saved, keep, some)
             else:
                 numba_kernels.column_sums(g, some)
             for j in range(columns):

@@ -70,6 +70,29 @@ def normal_tail(a, density):
     return p * t * density
 
 
+@formula
+def sigmoid_of(x):
+    """1 / (1 + exp(−x)) of a float32, from exp(−|x|), so that neither end loses its digits."""
+    e = exp_of_negative(-abs(x))
+    share = _f4(1) / (_f4(1) + e)
+    return e * share if x < 0 else share
+
+
+@formula
+def tanh_of(x):
+    """tanh of a float32: (1 − e) / (1 + e) with e = exp(−2|x|), and near 0, where that cancels, a polynomial in x²."""
+    a = abs(x)
+    s = a * a
+    p = _f4(-5.70498872745e-3)  # of Moshier's Cephes, tanhf
+    p = p * s + _f4(2.06390887954e-2)
+    p = p * s + _f4(-5.37397155531e-2)
+    p = p * s + _f4(1.33314422036e-1)
+    p = p * s + _f4(-3.33332819422e-1)
+    e = exp_of_negative(_f4(-2) * a)
+    far = (_f4(1) - e) / (_f4(1) + e)
+    return np.copysign(p * s * a + a if a < _f4(0.625) else far, x)
+
+
 # --- a batch ------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +139,22 @@ def bias_gelu(z, b, h):
             z[i, j] = below + _f4(0.3989422804014327) * density * s
 
 
+@kernel
+def bias_tanh(z, b):
+    """z ← tanh(z + b). z: (rows, ≥ n) float32; b: (n,)."""
+    for i in range(z.shape[0]):
+        for j in range(b.size):
+            z[i, j] = tanh_of(z[i, j] + b[j])
+
+
+@kernel
+def bias_sigmoid(z, b):
+    """z ← σ(z + b). z: (rows, ≥ n) float32; b: (n,)."""
+    for i in range(z.shape[0]):
+        for j in range(b.size):
+            z[i, j] = sigmoid_of(z[i, j] + b[j])
+
+
 # --- backward: gz = gh ⊙ f′ over gh, and its column sums -----------------------------------------------------------
 
 
@@ -144,6 +183,30 @@ def slope_gradient(g, slope, gb):
     for i in range(g.shape[0]):
         for j in range(gb.size):
             gz = g[i, j] * slope[i, j]
+            g[i, j] = gz
+            gb[j] += gz
+
+
+@kernel
+def tanh_gradient(g, h, keep, gb):
+    """g ← g (1 − t) (1 + t), t = keep · h; gb ← gb + Σ_rows g. g, h: (rows, ≥ n); gb: (n,)."""
+    one = g.dtype.type(1)
+    for i in range(g.shape[0]):
+        for j in range(gb.size):
+            t = keep * h[i, j]
+            gz = g[i, j] * ((one - t) * (one + t))
+            g[i, j] = gz
+            gb[j] += gz
+
+
+@kernel
+def sigmoid_gradient(g, h, keep, gb):
+    """g ← g s (1 − s), s = keep · h; gb ← gb + Σ_rows g. g, h: (rows, ≥ n); gb: (n,)."""
+    one = g.dtype.type(1)
+    for i in range(g.shape[0]):
+        for j in range(gb.size):
+            s = keep * h[i, j]
+            gz = g[i, j] * (s * (one - s))
             g[i, j] = gz
             gb[j] += gz
 

@@ -28,6 +28,7 @@ from .jobs import Job
 from .numpy_ops import Array, NumpyOperations, keep_probability, penalised_parts
 from .tape import Entry, TapeRecorder
 
+OF_FLOAT32 = {"tanh": job_parts.TANH, "sigmoid": job_parts.SIGMOID}
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
 MICRO_BATCHES = 4  # a lane
 
@@ -217,6 +218,8 @@ class NumbaOperations(NumpyOperations):
         """The number of an activation that jobs know."""
         if auxiliary is SLOPES:
             return job_parts.GELU
+        if self._compute == np.float32 and f.name in OF_FLOAT32:
+            return OF_FLOAT32[f.name]
         return {"identity": job_parts.IDENTITY, "relu": job_parts.RELU}.get(f.name)
 
     def _multiply(self, a: Array, b: Array, out: Array) -> None:
