@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from .ops.interface import Array, Slot
+from .ops.interface import Array, Layout, Slot
 from .optimizers import LBFGS, SGD, Muon
 from .parallel import Parallel
 from .parallel.ranks import MPIRanks
@@ -85,17 +85,24 @@ class Update:
 
     def _apply_stored(self) -> None:
         """Everything; or the biases alone, where the weights have had theirs."""
-        net, trainer, n, first = self._net, self._trainer, self.penalised, 0
-        if self.at_once:
-            first = net.layout.n_weights
-            n = max(0, n - first)
-        theta = net._theta[first:]
+        net, trainer = self._net, self._trainer
+        part = slice(net.layout.n_weights if self.at_once else 0, net.layout.size)
         if self._needs_norm:
-            net._ops.gradient_norm(theta, self.g, n, trainer.regularizer, trainer._state)
+            n = self._penalised_of(part)
+            net._ops.gradient_norm(net._theta[part], self.g, n, trainer.regularizer, trainer._state)
+        self._apply_part(part, self.g, list(self.moments.values()), net.layout)
+
+    def _apply_part(self, part: slice, g: Array, moments: list[Array], layout: Layout) -> None:
+        """Hand the gradient of a part of θ to the optimizer, with the moments of that part and its layout."""
+        net, trainer = self._net, self._trainer
         net._ops.update(
-            theta, self.g, list(self.moments.values()), trainer.optimizer, net.layout, n, trainer.regularizer,
-            trainer.clip_norm, None if net._shadow is None else net._shadow[first:], trainer._state,
+            net._theta[part], g, moments, trainer.optimizer, layout, self._penalised_of(part), trainer.regularizer,
+            trainer.clip_norm, None if net._shadow is None else net._shadow[part], trainer._state,
         )  # fmt: skip
+
+    def _penalised_of(self, part: slice) -> int:
+        """How many numbers of a part of θ, its first, a penalty is on."""
+        return max(0, min(self.penalised, part.stop) - part.start)
 
     @property
     def _needs_norm(self) -> bool:
@@ -121,24 +128,20 @@ class Update:
         self._stores(l, gz, h, accumulate)
         if l in self._early:
             with self._net._ops.aside():
-                self._apply_part(self._net.layout.spans[l])
+                self._apply_early(self._net.layout.spans[l])
 
     def _apply_rest(self) -> None:
         """Update what lies between the layers that have been updated early, and behind them."""
         start = 0
         for span in [*(self._net.layout.spans[l] for l in self._early), slice(self._net.layout.size, None)]:
             if span.start > start:
-                self._apply_part(slice(start, span.start))
+                self._apply_early(slice(start, span.start))
             start = span.stop
 
-    def _apply_part(self, part: slice) -> None:
-        """Hand a part of the gradient to the optimizer."""
-        net, trainer = self._net, self._trainer
-        net._ops.update(
-            net._theta[part], self.g[part], [moment[part] for moment in self.moments.values()], trainer.optimizer,
-            net.layout, self._penalised_of(part), trainer.regularizer, None,
-            None if net._shadow is None else net._shadow[part], trainer._state,
-        )  # fmt: skip
+    def _apply_early(self, part: slice) -> None:
+        """Update a part of θ before, or after, the others."""
+        moments = [moment[part] for moment in self.moments.values()]
+        self._apply_part(part, self.g[part], moments, self._net.layout)
 
     def _descend(self, l: int, gz: Array, h: Array, accumulate: bool) -> None:
         """The sink that applies a layer's gradient at once."""
@@ -146,26 +149,19 @@ class Update:
         shadow, rule = None if net._shadow is None else net._W[l], cast(SGD, trainer.optimizer)
         net._ops.descend(self._W[l], gz, h, rule, trainer.regularizer, shadow, trainer._state)
 
-    def _penalised_of(self, part: slice) -> int:
-        """How many numbers of a part of θ, its first, a penalty is on."""
-        return max(0, min(self.penalised, part.stop) - part.start)
-
     # --- a rank's slices of θ ---
 
     def _apply_slices(self, reduction: Reduction) -> None:
         """Hand the optimizer what this rank has of the gradient, and send θ on to the other ranks."""
         net, ops, trainer, state = self._net, self._net._ops, self._trainer, self._trainer._state
-        theta, shadow, g = net._theta, net._shadow, self.g
+        theta, shadow = net._theta, net._shadow
         if self._needs_norm:
             parts = [part for part, _ in reduction.mine]
-            ops.gradient_norm(theta, g, self.penalised, trainer.regularizer, state, parts)
+            ops.gradient_norm(theta, self.g, self.penalised, trainer.regularizer, state, parts)
             reduction.exchange.sum_state(state, Slot.GRADIENT_NORM, squares=True)
         for part, kept in reduction.mine:
-            ops.update(
-                theta[part], g[part], [moment[kept] for moment in self.moments.values()], trainer.optimizer,
-                net.layout.within(part), self._penalised_of(part), trainer.regularizer, trainer.clip_norm,
-                None if shadow is None else shadow[part], state,
-            )  # fmt: skip
+            moments = [moment[kept] for moment in self.moments.values()]
+            self._apply_part(part, self.g[part], moments, net.layout.within(part))
         reduction.exchange.gather(theta)
         if shadow is not None and trainer.ranks.size > 1:
             ops.copy(theta, shadow)

@@ -27,10 +27,18 @@ from gpu_mlp.ops.numpy_ops import NumpyOperations
 kernel = njit(fastmath={"contract"}, error_model="numpy")
 
 
-@kernel
-def exp_each(x, out):
-    for i in range(x.size):
-        out[i] = exp_of_negative(x[i])
+def each(formula):
+    """A loop over the numbers of an array."""
+
+    @kernel
+    def loop(x, out):
+        for i in range(x.size):
+            out[i] = formula(x[i])
+
+    return loop
+
+
+exp_each, tanh_each, sigmoid_each = each(exp_of_negative), each(tanh_of), each(sigmoid_of)
 
 
 @kernel
@@ -39,34 +47,22 @@ def tail_each(a, out):
         out[i] = normal_tail(a[i], exp_of_negative(np.float32(-0.5) * a[i] * a[i]))
 
 
-@kernel
-def tanh_each(x, out):
-    for i in range(x.size):
-        out[i] = tanh_of(x[i])
-
-
-@kernel
-def sigmoid_each(x, out):
-    for i in range(x.size):
-        out[i] = sigmoid_of(x[i])
-
-
-@pytest.mark.parametrize(("each", "exact"), [(tanh_each, np.tanh), (sigmoid_each, expit)], ids=["tanh", "sigmoid"])
-def test_tanh_and_sigmoid_are_right_to_three_units_in_the_last_place(each, exact):
+@pytest.mark.parametrize(("work", "exact"), [(tanh_each, np.tanh), (sigmoid_each, expit)], ids=["tanh", "sigmoid"])
+def test_tanh_and_sigmoid_are_right_to_three_units_in_the_last_place(work, exact):
     x = np.concatenate([np.linspace(-86, 86, 1_000_003), np.linspace(-1, 1, 1_000_003), np.logspace(-30, 0, 999)])
     x = x.astype(np.float32)
     found, expected = np.empty_like(x), exact(x.astype(np.float64))
-    each(x, found)
+    work(x, found)
     assert np.max(np.abs(found - expected) / np.abs(np.spacing(expected.astype(np.float32)))) < 3
 
 
 @pytest.mark.parametrize(
-    ("each", "limits"), [(tanh_each, [0, -0.0, 1, -1]), (sigmoid_each, [0.5, 0.5, 1, 0])], ids=["tanh", "sigmoid"]
+    ("work", "limits"), [(tanh_each, [0, -0.0, 1, -1]), (sigmoid_each, [0.5, 0.5, 1, 0])], ids=["tanh", "sigmoid"]
 )
-def test_tanh_and_sigmoid_at_the_ends(each, limits):
+def test_tanh_and_sigmoid_at_the_ends(work, limits):
     x = np.array([0, -0.0, 1e4, -1e4, np.inf, -np.inf, np.nan], np.float32)
     found = np.empty_like(x)
-    each(x, found)
+    work(x, found)
     np.testing.assert_array_equal(found, np.array([*limits, *limits[2:], np.nan], np.float32))
     assert np.signbit(found[1]) == np.signbit(np.float32(limits[1]))
 
