@@ -17,6 +17,7 @@ import threadpoolctl
 pytest.importorskip("numba", reason="without Numba there is no crew")
 
 from gpu_mlp.ops import crew as crew_module
+from gpu_mlp.ops import crew_kernels as kernels
 from gpu_mlp.ops import jobs
 from gpu_mlp.ops.crew import Crew, crew
 from gpu_mlp.ops.jobs import PART_FLOP
@@ -41,6 +42,14 @@ def shared(monkeypatch):
     for thread in own._threads:
         thread.join(timeout=60)
         assert not thread.is_alive()
+
+
+def fall_asleep(crew):
+    """Wait until every thread of the crew has: how long that takes is up to what else the machine does."""
+    deadline = time.monotonic() + 60
+    while int(crew._control[kernels.SLEEPERS]) < len(crew._threads):
+        assert time.monotonic() < deadline, "some thread still looks for work"
+        time.sleep(0.001)
 
 
 def factors(m, k, n, dtype, transposed):
@@ -82,7 +91,7 @@ def test_the_bits_do_not_depend_on_who_does_a_part(shared):
     bits = set()
     for i in range(60):
         if i % 20 == 0:
-            time.sleep(0.05)  # the others have fallen asleep
+            fall_asleep(shared)
         bits.add(shared.gemm(a, b, out, 4).tobytes())
     assert len(bits) == 1
 
@@ -145,7 +154,7 @@ def test_an_interrupt_before_the_callers_part_of_a_product_waits_for_the_others(
     with monkeypatch.context() as patch:
         patch.setattr(crew_module.kernels, "to_be_woken", interrupted)
         for _ in range(5):
-            time.sleep(0.05)  # the others have fallen asleep
+            fall_asleep(shared)
             with pytest.raises(KeyboardInterrupt):
                 shared.gemm(a, b, out, 4)
             out[...] = 7
