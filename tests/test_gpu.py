@@ -68,6 +68,8 @@ def test_one_rank_on_nccl_has_the_bits_of_none(parallel, graph):
         importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # the second where mpi4py finds no MPI
         pytest.skip(f"ranks need mpi4py and an MPI: {error}")
+    if not importlib.import_module("cupy.cuda.nccl").available:
+        pytest.skip("ranks on GPUs need NCCL (the extra nccl12 or nccl13)")
     alone, history = run(rule=AdamW(), parallel=False, graph=graph)
     summed, theirs = run(rule=AdamW(), parallel=parallel, graph=graph)
     assert summed.tobytes() == alone.tobytes()

@@ -119,6 +119,17 @@ def test_emulated_gpus_sum_through_nccl(emulated_gpu, folder, one, n):
             close(theta, expected[what.split(",")[0]], 2e-2 if "narrow" in what else 2e-5, f"{what}, {n} ranks")
 
 
+def test_ranks_on_gpus_without_nccl_say_what_to_install(emulated_gpu, monkeypatch):
+    """CuPy's packages do not bring NCCL, and CuPy's module has none of its names then."""
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda.nccl, "available", False)
+    monkeypatch.delattr(cupy.cuda.nccl, "NCCL_SUM")
+    monkeypatch.delitem(sys.modules, "gpu_mlp.ops.nccl", raising=False)
+    with pytest.raises(ValueError, match=r"^parallel: CuPy finds no NCCL.*pip install nvidia-nccl-cu12"):
+        importlib.import_module("gpu_mlp.ops.nccl")
+
+
 # --- how a job ends ---------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +20,12 @@ from cupy.cuda import nccl
 from .exchange import Bucket, Exchange
 from .interface import Array, Slot
 from .launch import device_error, elementwise
+
+if not nccl.available:
+    raise ValueError(
+        "parallel: CuPy finds no NCCL, through which ranks on GPUs add up (pip install "
+        f"nvidia-nccl-cu{cupy.cuda.runtime.runtimeGetVersion() // 1000})"
+    )
 
 Copy = Callable[[Array, Array], None]  # (source, out): cast on the device, in the current stream
 
@@ -162,5 +167,5 @@ def _communicator(ranks: Any) -> Any:
                 f"parallel: ranks {other} and {rank} are both on GPU {gpu}; start one process per GPU, each of which "
                 "sees a GPU of its own or all of them"
             )
-    name = json.loads(ranks.told(json.dumps(nccl.get_unique_id() if ranks.first else None)))
-    return nccl.NcclCommunicator(ranks.size, tuple(name), ranks.rank)
+    name = ranks.told(nccl.get_unique_id().hex() if ranks.first else "")
+    return nccl.NcclCommunicator(ranks.size, bytes.fromhex(name), ranks.rank)

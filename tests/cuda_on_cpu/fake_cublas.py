@@ -20,7 +20,7 @@ from .emulator import Emulator, OutOfBounds, ReadOnlyWrite, bytes_at
 HANDLE = 0xCB1A5
 DATA_TYPES = {
     **{"CUDA_R_32F": 0, "CUDA_R_64F": 1, "CUDA_R_16F": 2, "CUDA_R_8I": 3, "CUDA_C_32F": 4, "CUDA_C_64F": 5},
-    **{"CUDA_R_32I": 10, "CUDA_R_16BF": 14},
+    **{"CUDA_R_16BF": 14},
 }
 CONSTANTS = {
     **{"CUBLAS_OP_N": 0, "CUBLAS_OP_T": 1, "CUBLAS_OP_C": 2},

@@ -79,7 +79,7 @@ class Behaviour:
 def names(device: Emulator) -> dict[str, Any]:
     """The names of the module `nvmath.bindings.cublasLt`."""
     library = _LtLibrary(device)
-    functions = [name for name in dir(library) if not name.startswith("_") and name.islower()]
+    functions = [name for name in dir(library) if name in vars(_LtLibrary) and not name.startswith("_")]
     classes = {"matmul_heuristic_result_dtype": RESULT, "cuBLASLtError": cuBLASLtError}
     return {**classes, **{name: getattr(library, name) for name in functions}}
 

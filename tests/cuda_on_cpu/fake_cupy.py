@@ -45,6 +45,7 @@ ATTRIBUTES = {
     "ComputeCapabilityMajor": 9,
     "ComputeCapabilityMinor": 0,
 }
+NUMPYS_ALONE = ("ctypes", "getfield", "resize", "setfield", "setflags", "to_device")  # names of its arrays
 NAME = "Emulated GPU"
 MEMORY = 8 << 30
 
@@ -172,6 +173,14 @@ class ndarray(np.ndarray):
         return asarray, (self.get(),)
 
 
+def _not_cupys(self: ndarray) -> Any:
+    raise AttributeError("CuPy's arrays have no such attribute")
+
+
+for _name in NUMPYS_ALONE:
+    setattr(ndarray, _name, property(_not_cupys))
+
+
 def _to_host(stream: Stream | None = None) -> None:
     _refuse_if_broken()
     (stream or streams.current()).synchronize()
@@ -261,8 +270,8 @@ def ones(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
     return full(shape, 1, dtype, order)
 
 
-def zeros_like(prototype: Any, dtype: Any = None) -> ndarray:
-    return zeros(prototype.shape, prototype.dtype if dtype is None else dtype)
+def zeros_like(a: Any, dtype: Any = None) -> ndarray:
+    return zeros(a.shape, a.dtype if dtype is None else dtype)
 
 
 def _adopted(foreign: Any) -> ndarray:
@@ -272,9 +281,9 @@ def _adopted(foreign: Any) -> ndarray:
     return ndarray(told["shape"], np.dtype(told["typestr"]), memory, told["strides"])
 
 
-def from_dlpack(foreign: Any) -> ndarray:
-    array = foreign._array
-    return ndarray(array.shape, array.dtype, MemoryPointer(array.data.ptr, foreign), array.strides)
+def from_dlpack(array: Any) -> ndarray:
+    held = array._array
+    return ndarray(held.shape, held.dtype, MemoryPointer(held.data.ptr, array), held.strides)
 
 
 def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", **_: Any) -> ndarray:
@@ -392,7 +401,7 @@ class ElementwiseKernel:
     """An operation on every element of arrays that are broadcast together; X is the one type of all of them."""
 
     def __init__(
-        self, in_params: str, out_params: str, operation: str, name: str = "kernel", preamble: str = "", **_: Any
+        self, in_params: str, out_params: str, operation: str, name: str = "kernel", *, preamble: str = "", **_: Any
     ) -> None:
         self._inputs, self._outputs = _parameters(in_params), _parameters(out_params)
         self._operation, self._name, self._preamble = operation, name, preamble
@@ -713,7 +722,7 @@ MODULES = {
     "nvmath.bindings": nvmath_bindings,
     "nvmath.bindings.cublas": nvmath_cublas,
     "nvmath.bindings.cublasLt": nvmath_cublaslt,
-    "cupyx": _module("cupyx", empty_pinned=empty_pinned, zeros_pinned=np.zeros),
+    "cupyx": _module("cupyx", empty_pinned=empty_pinned),
 }
 # Modules that import CuPy when they are imported: forgotten before and after, so that they see the right one.
 _GPU_ROOMS = ("beside", "cuda", "cuda_kernels", "cuda_ops", "device", "epilogues", "gemm", "graphs", "launch", "lt")

@@ -56,7 +56,8 @@ def names(device: Emulator) -> dict[str, Any]:
         **CONSTANTS,
         "NcclError": NcclError,
         "NcclCommunicator": Communicator,
-        "get_unique_id": lambda: tuple((i * 37) % 256 - 128 for i in range(ID_BYTES)),
+        "available": True,
+        "get_unique_id": lambda: bytes((i * 37) % 256 for i in range(ID_BYTES)),
         "get_version": lambda: 22700,
         "groupStart": start,
         "groupEnd": end,
@@ -68,8 +69,8 @@ class _Communicator:
 
     device: Emulator
 
-    def __init__(self, ndev: int, commId: tuple[int, ...], rank: int) -> None:
-        if type(commId) is not tuple or len(commId) != ID_BYTES or not all(-128 <= c < 128 for c in commId):
+    def __init__(self, ndev: int, commId: bytes, rank: int) -> None:
+        if type(commId) is not bytes or len(commId) != ID_BYTES:
             raise NcclError("INVALID_ARGUMENT: the unique id")
         if not 0 <= rank < ndev:
             raise NcclError("INVALID_ARGUMENT: the rank")

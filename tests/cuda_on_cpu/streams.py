@@ -67,11 +67,11 @@ class Event:
         _force(self._token)
 
 
-def elapsed(start: Event, end: Event) -> float:
+def elapsed(start_event: Event, end_event: Event) -> float:
     """Milliseconds between two events that are done."""
-    if not (start._token and end._token and start._token.done and end._token.done):
+    if not (start_event._token and end_event._token and start_event._token.done and end_event._token.done):
         raise CUDARuntimeError("cudaErrorNotReady: device not ready")
-    return (end._token.time - start._token.time) * 1e3
+    return (end_event._token.time - start_event._token.time) * 1e3
 
 
 class Wait:
