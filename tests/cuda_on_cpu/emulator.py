@@ -109,11 +109,16 @@ class Allocation:
 
 
 class Memory:
-    """All live allocations, found by address."""
+    """All live allocations, found by address.
+
+    What an allocation belongs to may be collected at any moment, also in the middle of these methods; so its end is
+    only noted, and looked at when the next one begins.
+    """
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
         self._allocations: dict[int, Allocation] = {}
+        self._ended: collections.deque[Allocation] = collections.deque()
         self._lock = threading.RLock()
 
     def allocate(self, size: int, dtype: np.dtype | None = None) -> np.ndarray:
@@ -129,7 +134,7 @@ class Memory:
 
     def find(self, address: int) -> Allocation | None:
         """The live allocation that an address lies in."""
-        with self._lock:
+        with self._current():
             i = bisect.bisect_right(self._addresses, address) - 1
             found = self._allocations[self._addresses[i]] if i >= 0 else None
             return found if found and found.address <= address < max(found.end, found.address + 1) else None
@@ -149,25 +154,31 @@ class Memory:
         return allocation
 
     def bytes_in_use(self) -> int:
-        return sum(allocation.size for allocation in self._allocations.values())
+        with self._current():
+            return sum(allocation.size for allocation in self._allocations.values())
 
     def forget_cells(self) -> None:
-        with self._lock:
+        with self._current():
             for allocation in self._allocations.values():
                 allocation.forget_cells()
 
     def _add(self, owner: np.ndarray, allocation: Allocation) -> None:
-        with self._lock:
+        with self._current():
             if allocation.address not in self._allocations:
                 bisect.insort(self._addresses, allocation.address)
             self._allocations[allocation.address] = allocation
-        weakref.finalize(owner, self._remove, allocation).atexit = False
+        weakref.finalize(owner, self._ended.append, allocation).atexit = False
 
-    def _remove(self, allocation: Allocation) -> None:
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Within it no other thread looks, and all are gone that had ended."""
         with self._lock:
-            if self._allocations.get(allocation.address) is allocation:
-                del self._allocations[allocation.address]
-                del self._addresses[bisect.bisect_left(self._addresses, allocation.address)]
+            while self._ended:
+                allocation = self._ended.popleft()
+                if self._allocations.get(allocation.address) is allocation:
+                    del self._allocations[allocation.address]
+                    del self._addresses[bisect.bisect_left(self._addresses, allocation.address)]
+            yield
 
 
 def extent(array: np.ndarray) -> tuple[int, int]:
