@@ -25,7 +25,7 @@ LEAVES = {
     "checks", "precision", "activations", "losses", "regularizers", "initializers", "optimizers", "schedules",
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
     "parallel", "parallel.ranks", "preprocessing.values",
-    "ops.blas", "ops.philox", "ops.choices", "ops.crew_kernels", "ops.numba_kernels",
+    "ops.blas", "ops.philox", "ops.choices", "ops.crew_kernels", "ops.formulas", "ops.numba_kernels",
 }  # fmt: skip
 ROWS = [
     LEAVES,
@@ -58,6 +58,8 @@ TOP = len(ROWS)
 LEANS = {  # of the leaves: what each may import of the package
     "losses": {"checks", "activations"},
     "optimizers": {"checks", "activations"},
+    "ops.formulas": {"activations"},
+    "ops.numba_kernels": {"ops.formulas"},
     "ops.philox": set(),
     "ops.choices": {"notices", "tensorfile"},
     "checks": set(),

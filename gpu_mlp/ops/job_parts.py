@@ -20,16 +20,16 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numpy.typing import NDArray
 
-from . import crew_kernels, numba_kernels
+from . import crew_kernels, formulas, numba_kernels
 from .crew_kernels import blas_dot, blas_gemm, invoke, pointer
+from .formulas import FROM_H, IDENTITY, RELU
 from .interface import CLIP_EPS, Slot
 
 Array = NDArray[Any]
 ROWS = 64  # of one part of a sum over rows: a fixed order, whatever the number of threads
 FLAT = 1 << 16  # numbers of one part of a sum over θ
-IDENTITY, RELU, GELU, TANH, SIGMOID = range(5)  # f; of gelu f′ stands in the place of z
 
-_SOURCES = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (crew_kernels, numba_kernels)))
+_SOURCES = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (crew_kernels, formulas, numba_kernels)))
 _OPTIONS: dict[str, Any] = {"nopython": True, "fastmath": {"contract"}, "error_model": "numpy"}
 _STATE = len(Slot)
 _LEARNING_RATE, _STEP, _ROUND = int(Slot.LEARNING_RATE), int(Slot.STEP), int(Slot.ROUND)
@@ -167,8 +167,8 @@ def product(kind: Any) -> Callable[[int, int], None]:
 
 @_compiled(LAYER)
 def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
-    """z = h_in Wᵀ + b and h = f(z), with dropout; z lies in C, h there too but for gelu."""
-    size = np.dtype(kind).itemsize
+    """z = h_in Wᵀ + b and h = f(z), with dropout; z lies in C, and h there too where f′ is worked out from it."""
+    size, from_h = np.dtype(kind).itemsize, f in FROM_H.values()
 
     def part(record: int, index: int) -> None:
         r = carray(pointer(record), (1,), LAYER)[0]
@@ -179,16 +179,14 @@ def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
         bias = carray(pointer(r.bias + (0 if r.by_rows else first * size)), (columns,), kind)
         h = carray(pointer(r.h + start * size), (count, r.n), kind)
         z = carray(pointer(r.c + start * size), (count, r.n), kind)
-        if f == RELU:
-            numba_kernels.bias_relu(z, bias)
-        elif f == GELU:
-            numba_kernels.bias_gelu(z, bias, h)
-        elif f == TANH:
-            numba_kernels.bias_tanh(z, bias)
-        elif f == SIGMOID:
-            numba_kernels.bias_sigmoid(z, bias)
-        else:
+        if f == IDENTITY:
             numba_kernels.bias(z, bias)
+        elif f == RELU:
+            numba_kernels.bias_relu(z, bias)
+        elif from_h:
+            numba_kernels.bias_value(f, z, bias)
+        else:
+            numba_kernels.bias_slope(f, z, bias, h)
         if drops:
             _drop(r, h, kind(r.scale), first)
 
@@ -199,7 +197,7 @@ def layer(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
 def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
     """gz_in = (gz W) ⊙ f′ in C, through the mask, and its column sums: of a part of the columns into gb, of a part of
     the rows into a row of ``sums``, (parts, 2, n), whose other half is scratch."""
-    size = np.dtype(kind).itemsize
+    size, from_h = np.dtype(kind).itemsize, f in FROM_H.values()
 
     def part(record: int, index: int) -> None:
         r = carray(pointer(record), (1,), GRADIENT)[0]
@@ -220,16 +218,14 @@ def gradient(kind: Any, f: int, drops: bool) -> Callable[[int, int], None]:
             saved = carray(pointer(r.saved + at), (rows, n), kind)
             if drops:
                 _drop(r, g, scale, start)
-            if f == RELU:
-                numba_kernels.relu_gradient(g, saved, scale, some)
-            elif f == GELU:
-                numba_kernels.slope_gradient(g, saved, some)
-            elif f == TANH:
-                numba_kernels.tanh_gradient(g, saved, keep, some)
-            elif f == SIGMOID:
-                numba_kernels.sigmoid_gradient(g, saved, keep, some)
-            else:
+            if f == IDENTITY:
                 numba_kernels.column_sums(g, some)
+            elif f == RELU:
+                numba_kernels.relu_gradient(g, saved, scale, some)
+            elif from_h:
+                numba_kernels.value_gradient(f, g, saved, keep, some)
+            else:
+                numba_kernels.slope_gradient(g, saved, some)
             for j in range(columns):
                 total[j] += some[j]
         if r.gb:

@@ -1,9 +1,9 @@
 """The passes that a CPU spends its time in beside the GEMMs, each one loop that LLVM makes into vector code.
 
-A leaf: Numba and NumPy. `job_parts` calls them in the place of the NumPy reference's passes, which read and write their
-arrays once an operation; these do so once. They hold no lock, so that several threads run them side by side. Arrays are
-C-order, (rows, n) or flat, all of one type; of a part of the columns they are seen as long as a whole row. Sums over
-rows are added to what stands there.
+Leans on `formulas` for the activations. `job_parts` calls them in the place of the reference's passes, which read and
+write their arrays once an operation; these do so once. They hold no lock, so that several threads run them side by
+side. Arrays are C-order, (rows, n) or flat, all of one type; of a part of the columns they are seen as long as a whole
+row. Sums over rows are added to what stands there.
 
 Multiplications and additions may be contracted into one instruction, as nvcc does it; nothing else is rearranged.
 """
@@ -16,81 +16,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from .formulas import exp_of_negative, formula, slope_from_value, value, value_and_slope
+
 _COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
-_f4, _i4, _u8 = np.float32, np.int32, np.uint64
+_f4, _u8 = np.float32, np.uint64
 
 
 def kernel(function):
     """A loop over arrays."""
     return njit(**_COMPILED)(function)
-
-
-def formula(function):
-    """A function of numbers, written into the loops that call it."""
-    return njit(inline="always", **_COMPILED)(function)
-
-
-# --- float32 formulas -------------------------------------------------------------------------------------------
-
-
-@formula
-def exp_of_negative(x):
-    """exp(x) for a float32 x ≤ 0, to 1.5 ulp; 0 below −87. x = n ln 2 + r, ln 2 in two parts (Cody and Waite, 1980)."""
-    n = np.floor(max(x, _f4(-88.0)) * _f4(1.44269504) + _f4(0.5))
-    r = x - n * _f4(0.693359375) + n * _f4(2.12194440e-4)
-    p = _f4(1.9875691500e-4)  # the polynomial of Moshier's Cephes, expf
-    p = p * r + _f4(1.3981999507e-3)
-    p = p * r + _f4(8.3334519073e-3)
-    p = p * r + _f4(4.1665795894e-2)
-    p = p * r + _f4(1.6666665459e-1)
-    p = p * r + _f4(5.0000001201e-1)
-    p = p * (r * r) + r + _f4(1.0)
-    power = _i4(_i4(n) + _i4(127)) << _i4(23)  # the bits of 2ⁿ
-    if x > _f4(-87.0):
-        return p * _i4(power).view(_f4)
-    return _f4(0) if x <= _f4(-87.0) else x  # NaN stays NaN
-
-
-@formula
-def normal_tail(a, density):
-    """1 − Φ(a) for a ≥ 0, from exp(−a²/2): that times t P(t), t = 1 / (1 + 0.35 a).
-
-    P is the polynomial of degree 8 with the smallest relative error, 3.2e-8, over 0 ≤ a ≤ 14.
-    """
-    t = _f4(1) / (_f4(1) + _f4(0.35) * a)
-    p = _f4(-0.029145519357797096)
-    p = p * t + _f4(0.14396983413951359)
-    p = p * t + _f4(-0.2557106756285932)
-    p = p * t + _f4(0.15917037043489826)
-    p = p * t + _f4(-0.02310742081834101)
-    p = p * t + _f4(0.10550705914430057)
-    p = p * t + _f4(0.11983308901654374)
-    p = p * t + _f4(0.13986184133675306)
-    p = p * t + _f4(0.13962140581362043)
-    return p * t * density
-
-
-@formula
-def sigmoid_of(x):
-    """1 / (1 + exp(−x)) of a float32, from exp(−|x|), so that neither end loses its digits."""
-    e = exp_of_negative(-abs(x))
-    share = _f4(1) / (_f4(1) + e)
-    return e * share if x < 0 else share
-
-
-@formula
-def tanh_of(x):
-    """tanh of a float32: (1 − e) / (1 + e) with e = exp(−2|x|), and near 0, where that cancels, a polynomial in x²."""
-    a = abs(x)
-    s = a * a
-    p = _f4(-5.70498872745e-3)  # of Moshier's Cephes, tanhf
-    p = p * s + _f4(2.06390887954e-2)
-    p = p * s + _f4(-5.37397155531e-2)
-    p = p * s + _f4(1.33314422036e-1)
-    p = p * s + _f4(-3.33332819422e-1)
-    e = exp_of_negative(_f4(-2) * a)
-    far = (_f4(1) - e) / (_f4(1) + e)
-    return np.copysign(p * s * a + a if a < _f4(0.625) else far, x)
 
 
 # --- a batch ------------------------------------------------------------------------------------------------------
@@ -126,33 +60,20 @@ def bias_relu(z, b):
             z[i, j] = zero if s <= zero else s
 
 
-@kernel
-def bias_gelu(z, b, h):
-    """h = s Φ(s) and z ← f′(s) = Φ(s) + s φ(s), s = z + b, φ the normal density. z, h: (rows, ≥ n) float32; b: (n,)."""
+@formula
+def bias_value(f, z, b):
+    """z ← f(z + b), f of those whose f′ is worked out from h. z: (rows, ≥ n) float32; b: (n,)."""
     for i in range(z.shape[0]):
         for j in range(b.size):
-            s = z[i, j] + b[j]
-            density = exp_of_negative(_f4(-0.5) * s * s)
-            tail = normal_tail(abs(s), density)
-            below = tail if s < 0 else _f4(1) - tail
-            h[i, j] = s * below
-            z[i, j] = below + _f4(0.3989422804014327) * density * s
+            z[i, j] = value(f, z[i, j] + b[j])
 
 
-@kernel
-def bias_tanh(z, b):
-    """z ← tanh(z + b). z: (rows, ≥ n) float32; b: (n,)."""
+@formula
+def bias_slope(f, z, b, h):
+    """h = f(s) and z ← f′(s), s = z + b. z, h: (rows, ≥ n) float32; b: (n,)."""
     for i in range(z.shape[0]):
         for j in range(b.size):
-            z[i, j] = tanh_of(z[i, j] + b[j])
-
-
-@kernel
-def bias_sigmoid(z, b):
-    """z ← σ(z + b). z: (rows, ≥ n) float32; b: (n,)."""
-    for i in range(z.shape[0]):
-        for j in range(b.size):
-            z[i, j] = sigmoid_of(z[i, j] + b[j])
+            h[i, j], z[i, j] = value_and_slope(f, z[i, j] + b[j])
 
 
 # --- backward: gz = gh ⊙ f′ over gh, and its column sums -----------------------------------------------------------
@@ -187,26 +108,12 @@ def slope_gradient(g, slope, gb):
             gb[j] += gz
 
 
-@kernel
-def tanh_gradient(g, h, keep, gb):
-    """g ← g (1 − t) (1 + t), t = keep · h; gb ← gb + Σ_rows g. g, h: (rows, ≥ n); gb: (n,)."""
-    one = g.dtype.type(1)
+@formula
+def value_gradient(f, g, h, keep, gb):
+    """g ← g · f′ with f′ from keep · h; gb ← gb + Σ_rows g. g, h: (rows, ≥ n) float32; gb: (n,)."""
     for i in range(g.shape[0]):
         for j in range(gb.size):
-            t = keep * h[i, j]
-            gz = g[i, j] * ((one - t) * (one + t))
-            g[i, j] = gz
-            gb[j] += gz
-
-
-@kernel
-def sigmoid_gradient(g, h, keep, gb):
-    """g ← g s (1 − s), s = keep · h; gb ← gb + Σ_rows g. g, h: (rows, ≥ n); gb: (n,)."""
-    one = g.dtype.type(1)
-    for i in range(g.shape[0]):
-        for j in range(gb.size):
-            s = keep * h[i, j]
-            gz = g[i, j] * (s * (one - s))
+            gz = g[i, j] * slope_from_value(f, keep * h[i, j])
             g[i, j] = gz
             gb[j] += gz
 

@@ -20,7 +20,7 @@ from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Loss
 from ..optimizers import SGD, Adam, Optimizer
 from ..regularizers import ElasticNet
-from . import blas, job_parts, jobs, philox, sharing
+from . import blas, formulas, jobs, philox, sharing
 from .crew import crew
 from .exchange import Bucket, Exchange
 from .interface import Dropout, Layout, Recorder, Slot
@@ -28,7 +28,6 @@ from .jobs import Job
 from .numpy_ops import Array, NumpyOperations, keep_probability, penalised_parts
 from .tape import Entry, TapeRecorder
 
-OF_FLOAT32 = {"tanh": job_parts.TANH, "sigmoid": job_parts.SIGMOID}
 NARROW, WIDE = 1 << 14, 1 << 19  # weights of a layer
 MICRO_BATCHES = 4  # a lane
 
@@ -141,7 +140,7 @@ class NumbaOperations(NumpyOperations):
                 self._threads, self._beside = before
 
     def auxiliary(self, f: Activation, rows: int, n: int) -> Any:
-        return SLOPES if f.name == "gelu" and self._compute == np.float32 else None
+        return SLOPES if f.name in formulas.WITH_SLOPE and self._compute == np.float32 else None
 
     # --- a step's frame ---
 
@@ -217,10 +216,10 @@ class NumbaOperations(NumpyOperations):
     def _code(self, f: Activation, auxiliary: Any) -> int | None:
         """The number of an activation that jobs know."""
         if auxiliary is SLOPES:
-            return job_parts.GELU
-        if self._compute == np.float32 and f.name in OF_FLOAT32:
-            return OF_FLOAT32[f.name]
-        return {"identity": job_parts.IDENTITY, "relu": job_parts.RELU}.get(f.name)
+            return formulas.WITH_SLOPE[f.name]
+        if self._compute == np.float32 and f.name in formulas.FROM_H:
+            return formulas.FROM_H[f.name]
+        return formulas.IN_EVERY_TYPE.get(f.name)
 
     def _multiply(self, a: Array, b: Array, out: Array) -> None:
         self._queue(jobs.product(a, b, out, self._threads))
