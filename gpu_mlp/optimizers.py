@@ -11,7 +11,7 @@ scratch blocks. Elements do not mix, so any cut into blocks gives the same bits;
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from .activations import Array
 Moments = Sequence[Array]
 Coefficients = tuple[float, ...]
 Pair = tuple[Array, Array]
+Multiply = Callable[[Array, Array, Array], object]  # a, b, out: out ← a b
 
 
 @dataclass(frozen=True)
@@ -538,10 +539,11 @@ class Muon(Optimizer):
         else:
             g[...] = m
 
-    def orthogonalise(self, u: Array, matrices: tuple[Array, Array, Array]) -> Array:
+    def orthogonalise(self, u: Array, matrices: tuple[Array, Array, Array], multiply: Multiply = np.matmul) -> Array:
         """NS(u): X ← a X + (b A + c A²) X with A = X Xᵀ, from X = u / ‖u‖; ``u``, (n_out, n_in), is used up.
 
-        ``matrices`` are scratch: two squares of the shorter side and one of the size of ``u``.
+        ``matrices`` are scratch: two squares of the shorter side and one of the size of ``u``. ``multiply(a, b, out)``
+        is what computes a product.
         """
         a, b, c = self.ns_coefficients
         x = u if u.shape[0] <= u.shape[1] else u.T
@@ -550,12 +552,12 @@ class Muon(Optimizer):
         np.multiply(x, 1 / max(math.sqrt(float(np.dot(flat, flat))), self.eps), out=x)
         y = y.reshape(x.shape)
         for _ in range(self.ns_steps):
-            np.matmul(x, x.T, out=gram)
-            np.matmul(gram, gram, out=square)
+            multiply(x, x.T, gram)
+            multiply(gram, gram, square)
             np.multiply(gram, b, out=gram)
             np.multiply(square, c, out=square)
             np.add(gram, square, out=gram)
-            np.matmul(gram, x, out=y)
+            multiply(gram, x, y)
             np.multiply(x, a, out=x)
             np.add(x, y, out=x)
         return u

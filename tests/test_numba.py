@@ -17,7 +17,7 @@ import threadpoolctl
 from numba import njit
 from scipy.special import ndtr
 
-from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Trainer, activations, ops, precision
+from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Lion, RMSprop, Trainer, activations, ops, precision
 from gpu_mlp.ops import blas, formulas, jobs, numba_kernels, numpy_ops, philox, tape
 from gpu_mlp.ops.formulas import FROM_H, WITH_SLOPE, exp_of_negative, expm1_of_negative, log1p_of_share, normal_tail
 from gpu_mlp.ops.interface import Dropout, Layout, Slot
@@ -202,6 +202,9 @@ def test_every_activation_but_the_rare_ones_is_a_job():
         SGD(lr=0.1, weight_decay=0.1),
         SGD(momentum=0.9),
         SGD(momentum=0.9, nesterov=True),
+        RMSprop(weight_decay=0.1),
+        RMSprop(momentum=0.9),
+        Lion(lr=0.01, weight_decay=0.1),
     ],
     ids=repr,
 )

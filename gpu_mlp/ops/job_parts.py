@@ -55,6 +55,8 @@ GATHER = _record("source rows out state", "count length step")
 WEIGHT = _record("weight state", "count")
 SGD = _record("theta g m state", "n step nesterov", "l1 l2 clip_norm decay momentum dampening")
 ADAM = _record("theta g m v state", "n step decoupled epsilon_hat", "l1 l2 clip_norm decay beta1 beta2 eps")
+RMSPROP = _record("theta g v m state", "n step", "l1 l2 clip_norm decay alpha eps momentum")
+LION = _record("theta g m state", "n step", "l1 l2 clip_norm decay beta1 beta2")
 PENALTY = _record("theta costs", "n step dot", "l1 l2")
 FINISH = _record("state", "rows")
 LANES = _record("programs", "count")
@@ -373,6 +375,50 @@ def adam(kind: Any) -> Callable[[int, int], None]:
             carray(pointer(r.m + at), (count,), kind), carray(pointer(r.v + at), (count,), kind),
             kind(r.l1), kind(r.l2), kind(1 / state[_LOSS_SCALE]), kind(clip), kind(decay), kind(shrink),
             kind(r.beta1), kind(r.beta2), kind(step_size), kind(eps),
+        )  # fmt: skip
+
+    return part
+
+
+@_compiled(RMSPROP)
+def rmsprop(kind: Any) -> Callable[[int, int], None]:
+    """RMSprop on some of θ, not centered; with momentum where there is one."""
+    size = np.dtype(kind).itemsize
+
+    def part(record: int, index: int) -> None:
+        r = carray(pointer(record), (1,), RMSPROP)[0]
+        state = carray(pointer(r.state), (_STATE,), np.float64)
+        if not _applies(state):
+            return
+        first, count = _part(r.n, r.step, index)
+        at, clip = first * size, _clip(state, r.clip_norm)
+        v = carray(pointer(r.v + at), (count,), kind)
+        numba_kernels.rmsprop(
+            carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind), v,
+            carray(pointer(r.m + at), (count,), kind) if r.m else v, kind(r.l1), kind(r.l2),
+            kind(1 / state[_LOSS_SCALE]), kind(clip), kind(state[_LEARNING_RATE]), kind(r.decay), kind(r.alpha),
+            kind(r.eps), kind(r.momentum), r.m != 0,
+        )  # fmt: skip
+
+    return part
+
+
+@_compiled(LION)
+def lion(kind: Any) -> Callable[[int, int], None]:
+    """Lion on some of θ."""
+    size = np.dtype(kind).itemsize
+
+    def part(record: int, index: int) -> None:
+        r = carray(pointer(record), (1,), LION)[0]
+        state = carray(pointer(r.state), (_STATE,), np.float64)
+        if not _applies(state):
+            return
+        first, count = _part(r.n, r.step, index)
+        at, clip, lr = first * size, _clip(state, r.clip_norm), state[_LEARNING_RATE]
+        numba_kernels.lion(
+            carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind),
+            carray(pointer(r.m + at), (count,), kind), kind(r.l1), kind(r.l2), kind(1 / state[_LOSS_SCALE]),
+            kind(clip), kind(lr), kind(1 - lr * r.decay), kind(r.beta1), kind(r.beta2),
         )  # fmt: skip
 
     return part

@@ -115,22 +115,13 @@ def total_weight(rows: int, weight: Array | None, state: Array) -> Job:
     return _job(job_parts.weight, 1, np.float64, weight=weight, state=state, count=rows)
 
 
-def sgd(theta: Array, g: Array, moments: Sequence[Array], state: Array, threads: int, **numbers: float) -> Job:
-    """SGD on a part of θ; numbers: l1, l2, clip_norm (0: none), decay, momentum, dampening, nesterov."""
+def update(
+    rule: Function, theta: Array, g: Array, moments: Mapping[str, Array], state: Array, threads: int, **numbers: float
+) -> Job:
+    """A rule of `job_parts` on a part of θ; moments and numbers by their names in its record. clip_norm 0: none."""
     parts, step = _ranges(theta.size, theta.size, threads, PASS_PART)
-    m = moments[0] if moments else None
     return _job(
-        job_parts.sgd, parts, theta.dtype, theta=theta, g=g, m=m, state=state, n=theta.size, step=step, **numbers,
-    )  # fmt: skip
-
-
-def adam(theta: Array, g: Array, moments: Sequence[Array], state: Array, threads: int, **numbers: float) -> Job:
-    """Adam on a part of θ; numbers: l1, l2, clip_norm (0: none), decay, decoupled, beta1, beta2, eps, epsilon_hat."""
-    parts, step = _ranges(theta.size, theta.size, threads, PASS_PART)
-    m, v = moments
-    return _job(
-        job_parts.adam, parts, theta.dtype, theta=theta, g=g, m=m, v=v, state=state, n=theta.size, step=step,
-        **numbers,
+        rule, parts, theta.dtype, theta=theta, g=g, **moments, state=state, n=theta.size, step=step, **numbers,
     )  # fmt: skip
 
 

@@ -209,6 +209,33 @@ def adam(theta, g, m, v, l1, l2, unscale, clip, decay, shrink, beta1, beta2, ste
         theta[i] = shrink * t - step_size * mi / (np.sqrt(vi) + eps)
 
 
+@kernel
+def rmsprop(theta, g, v, m, l1, l2, unscale, clip, lr, weight_decay, alpha, eps, momentum, moves):
+    """v averages g²; θ ← θ − lr · g / (√v + eps), or where it ``moves`` with momentum, θ ← θ − lr m. All (n,)."""
+    one = theta.dtype.type(1)
+    for i in range(theta.size):
+        t = theta[i]
+        gi = effective(g[i], t, l1, l2, unscale, clip) + weight_decay * t
+        vi = alpha * v[i] + (one - alpha) * gi * gi
+        v[i] = vi
+        along = gi / (np.sqrt(vi) + eps)
+        if moves:
+            along += momentum * m[i]
+            m[i] = along
+        theta[i] = t - lr * along
+
+
+@kernel
+def lion(theta, g, m, l1, l2, unscale, clip, lr, shrink, beta1, beta2):
+    """θ ← shrink · θ − lr · sign(β₁ m + (1 − β₁) g), then m averages g at rate β₂. All (n,)."""
+    one = theta.dtype.type(1)
+    for i in range(theta.size):
+        t, mi = theta[i], m[i]
+        gi = effective(g[i], t, l1, l2, unscale, clip)
+        theta[i] = shrink * t - lr * np.sign(beta1 * mi + (one - beta1) * gi)
+        m[i] = mi + (one - beta2) * (gi - mi)
+
+
 # --- dropout ----------------------------------------------------------------------------------------------------
 
 

@@ -506,6 +506,10 @@ class NumpyOperations(Operations):
             return out
         return product
 
+    def _multiply(self, a: Array, b: Array, out: Array) -> None:
+        """out ← a b, of the type that is computed in."""
+        self._matmul(a, b, out, self._threads)
+
     def _output_block(self, h: Array, block: slice) -> Array:
         """Where f writes a block of h: there, or in scratch where h is of a 16-bit type."""
         return h[block] if h.dtype == self._compute else self._scratch.wide(0, h[block].shape)
@@ -581,7 +585,7 @@ class NumpyOperations(Operations):
             if regularizer is not None:
                 _add_penalty_gradient(W, ElasticNet(clip * regularizer.l1, clip * regularizer.l2), u, y)
             muon.direction(u, m, y)
-            muon.orthogonalise(u, (squares[0], squares[1], y))
+            muon.orthogonalise(u, (squares[0], squares[1], y), self._multiply)
             np.multiply(u, lr * muon.rate(W.shape), out=u)
             np.multiply(W, 1 - lr * muon.weight_decay, out=W)
             np.subtract(W, u, out=W)
