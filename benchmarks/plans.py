@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gpu_mlp.activations import ACTIVATIONS
 from gpu_mlp.bench.peers import OURS, PEERS
-from gpu_mlp.bench.tasks import Task
+from gpu_mlp.bench.tasks import OPTIMIZERS, Task
 
 EVERYBODY = (OURS, *PEERS)
 CLASSES = 16
@@ -52,6 +53,23 @@ def steps(device: str, rehearsal: bool) -> list[Task]:
         for width, batch in GPU_SHAPES
         for precision in ("bfloat16", "tf32")
         for activation in ("relu", "gelu")
+    ]
+
+
+def variety(device: str, rehearsal: bool) -> list[Task]:
+    """Every activation, then every optimizer, in one network."""
+    if rehearsal:
+        task = tiny(device)
+        return [dataclasses.replace(task, activation="silu"), dataclasses.replace(task, optimizer="lion")]
+    left_out = {"identity", "softmax", "log_softmax", "exp"}  # of hidden layers; of several exp grows out of all bounds
+    if device == "cpu":
+        first = Task((784, 512, 512, 10), 1024, "relu", "adam")
+        then = dataclasses.replace(first, batch=128)  # where the update counts
+    else:
+        first = then = Task(_deep(1024, GPU_DEPTH), 4096, "relu", "adamw", "bfloat16", device)
+    return [
+        *(dataclasses.replace(first, activation=name) for name in ACTIVATIONS if name not in left_out),
+        *(dataclasses.replace(then, optimizer=name) for name in OPTIMIZERS),
     ]
 
 

@@ -13,6 +13,7 @@ The parts, in this order, each in a process of its own with its share of the tim
     gemms       every GEMM's rate, as a share of the best that the BLAS can do
     overhead    steps of a tiny network
     steps       whole training steps over their bare GEMMs, and over every peer
+    variety     a step with every activation, and with every optimizer
     breakdown   where the time of those steps goes
     memory      the most memory that those steps take, of everybody
     accuracy    epochs and seconds to an accuracy on digits and Fashion-MNIST
@@ -52,12 +53,13 @@ from gpu_mlp.bench.records import Records  # noqa: E402
 
 # By part: its share of the seconds, as it takes on a GPU and on two processors.
 PARTS = {
-    "cuda": {"tests": 230, "sanitizer": 140, "kernels": 45, "gemms": 60, "overhead": 30, "steps": 300, "breakdown": 30,
-             "memory": 200, "accuracy": 60, "scaling": 120},
-    "cpu": {"kernels": 30, "gemms": 60, "overhead": 60, "steps": 1400, "breakdown": 90, "memory": 300, "accuracy": 150,
-            "scaling": 700, "estimators": 40},
+    "cuda": {"tests": 230, "sanitizer": 140, "kernels": 45, "gemms": 60, "overhead": 30, "steps": 300, "variety": 60,
+             "breakdown": 30, "memory": 200, "accuracy": 60, "scaling": 120},
+    "cpu": {"kernels": 30, "gemms": 60, "overhead": 60, "steps": 1400, "variety": 400, "breakdown": 90, "memory": 300,
+            "accuracy": 150, "scaling": 700, "estimators": 40},
 }  # fmt: skip
 EVERY = tuple(dict.fromkeys([*PARTS["cuda"], *PARTS["cpu"]]))
+SHORT = {"cpu": 10.0, "cuda": 1.0}  # seconds for a step of the part "variety"
 ENOUGH = {"cpu": 60.0, "cuda": 30.0}  # seconds that a step with all its peers may need; with fewer none is begun
 
 
@@ -98,17 +100,27 @@ def steps(records: Records, deadline: float, arguments: argparse.Namespace) -> N
     _steps(records, deadline, arguments, plans.steps)
 
 
-def _steps(records: Records, deadline: float, arguments: argparse.Namespace, plan: Callable[..., Any]) -> None:
+def variety(records: Records, deadline: float, arguments: argparse.Namespace) -> None:
+    _steps(records, deadline, arguments, plans.variety, compiled=False, seconds=SHORT[arguments.device])
+
+
+def _steps(
+    records: Records, deadline: float, arguments: argparse.Namespace, plan: Callable[..., Any], compiled: bool = True,
+    seconds: float | None = None,
+) -> None:  # fmt: skip
+    """The steps of a plan; with ``compiled`` in the company of those that take a minute to be ready."""
     from gpu_mlp.bench import steps
+
+    names = [name for name in peers(arguments) if compiled or not _compiles(name)]
 
     for task in plan(arguments.device, records.rehearsal):
         if records.done(task.name):
             continue
         if time.monotonic() > deadline - (0 if records.rehearsal else ENOUGH[arguments.device]):
             return
-        short = {"seconds": 0, "rounds": (1, 1), "rehearsal": True} if records.rehearsal else {}
+        how = {"seconds": 0, "rounds": (1, 1), "rehearsal": True} if records.rehearsal else {"seconds": seconds}
         with records.attempt(task.name):
-            records.add(task.name, **steps.measure(task, peers(arguments), **short))
+            records.add(task.name, **steps.measure(task, names, **how))
 
 
 def breakdown(records: Records, deadline: float, arguments: argparse.Namespace) -> None:

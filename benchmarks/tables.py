@@ -117,6 +117,11 @@ def steps(results: Results, part: str = "steps") -> str:
     return "\n\n".join([*_head(results, part), table(head, rows), " ".join(notes)])
 
 
+def variety(results: Results) -> str:
+    """Every activation, and every optimizer."""
+    return steps(results, "variety")
+
+
 def _last(text: str) -> str:
     return text.strip().splitlines()[-1]
 
@@ -178,7 +183,7 @@ def _floor_goal(record: Record) -> float:
 def losses(results: Results) -> str:
     """The rows in which somebody is faster, worst first, with where our time goes there."""
     parts = {r["name"]: r for r in results.of("breakdown") if "seconds" in r}
-    timed = ("steps", "overhead", "scaling")
+    timed = ("steps", "variety", "overhead", "scaling")
     measured = [r for part in timed for r in results.of(part) if OURS in r.get("contenders", {})]
     if not measured:
         return ""
@@ -392,6 +397,7 @@ PAGES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "goals": ("Goals", goals),
     "steps": ("Training steps", steps),
     "losses": ("Where we lose", losses),
+    "variety": ("Every activation, every optimizer", variety),
     "breakdown": ("Where the time goes", breakdown),
     "overhead": ("Overhead", overhead),
     "memory": ("Memory", memory),

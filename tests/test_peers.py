@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import plans
 
 from gpu_mlp.bench import peers, steps, tasks
 from gpu_mlp.bench.peers import (
@@ -17,6 +23,8 @@ from gpu_mlp.bench.peers import (
     TorchEager,
     TorchGraphs,
     Unavailable,
+    jax_peer,
+    torch_peers,
 )
 from gpu_mlp.bench.tasks import Task
 
@@ -33,6 +41,22 @@ def test_first_updates_are_the_references(name, activation, optimizer):
     if name == "scikit-learn" and (activation == "gelu" or optimizer == "adamw"):
         with pytest.raises(Unavailable, match=activation if activation == "gelu" else optimizer):
             ScikitLearn(task)
+        return
+    verdict = steps.check(task, peers.CONTENDERS[name](task), tasks.expected(task))
+    assert verdict["right"], verdict["detail"]
+
+
+@pytest.mark.parametrize("task", plans.variety("cpu", False), ids=lambda task: f"{task.activation}-{task.optimizer}")
+@pytest.mark.parametrize("name", ["PyTorch eager", "JAX jit"])
+def test_every_activation_and_optimizer_is_the_references_or_not_there(name, task):
+    pytest.importorskip(INSTALLED[name])
+    task = dataclasses.replace(task, sizes=TASK.sizes, batch=TASK.batch)
+    rules = jax_peer.OPTIMIZERS if name == "JAX jit" else torch_peers.OPTIMIZERS
+    shapes = {*jax_peer.ACTIVATIONS, "gelu", "gelu_tanh"} if name == "JAX jit" else torch_peers.ACTIVATIONS
+    if task.activation not in shapes or task.optimizer not in rules:
+        assert task.activation in ("sine", "relu_squared") or task.optimizer not in ("sgd", "adam", "adamw")
+        with pytest.raises(Unavailable, match=task.activation if task.activation not in shapes else task.optimizer):
+            peers.CONTENDERS[name](task)
         return
     verdict = steps.check(task, peers.CONTENDERS[name](task), tasks.expected(task))
     assert verdict["right"], verdict["detail"]

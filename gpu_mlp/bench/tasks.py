@@ -10,13 +10,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import MLP, SGD, Adam, AdamW, Trainer
+from .. import MLP, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Lion, Muon, NAdam, RAdam, RMSprop, Trainer
 from ..optimizers import Optimizer
 
 Weights = list[tuple[NDArray[Any], NDArray[Any]]]
 
-OPTIMIZERS = {"sgd": SGD(lr=0.05), "adam": Adam(lr=1e-4), "adamw": AdamW(lr=1e-4, weight_decay=0.01)}
-TAME = {"sgd": 256, "adam": 2048, "adamw": 2048}  # the width beyond which a rule overshoots unless its rate shrinks
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": SGD(lr=0.05),
+    "momentum": SGD(lr=0.005, momentum=0.9),
+    "adam": Adam(lr=1e-4),
+    "adamw": AdamW(lr=1e-4, weight_decay=0.01),
+    "nadam": NAdam(lr=1e-4),
+    "radam": RAdam(lr=1e-4),
+    "adamax": Adamax(lr=1e-4),
+    "adagrad": Adagrad(lr=1e-4),
+    "adadelta": Adadelta(lr=0.1),
+    "rmsprop": RMSprop(lr=1e-4),
+    "lion": Lion(lr=1e-4),
+    "muon": Muon(lr=1e-3),
+}
+TAME = {"sgd": 256, "momentum": 256}  # the width beyond which a rule overshoots unless its rate shrinks; else:
+TAME_ELSE = 2048
 CHECK_STEPS = 4  # updates that are compared with the reference's,
 DEEP = 32  # and one of more layers than these: without shortcuts they enlarge rounding from update to update
 CHECK_FLOP = 1e11  # of one step of a network in float64 that is waited for
@@ -86,7 +100,7 @@ class Task:
     @property
     def rule(self) -> Optimizer:
         """The update rule, the same for everybody."""
-        rule, tame = OPTIMIZERS[self.optimizer], TAME[self.optimizer]
+        rule, tame = OPTIMIZERS[self.optimizer], TAME.get(self.optimizer, TAME_ELSE)
         lr = rule.lr * min(1.0, tame / max(self.sizes)) if self.lr is None else self.lr
         return dataclasses.replace(rule, lr=lr)
 

@@ -10,6 +10,13 @@ import numpy as np
 from ..tasks import Task, Weights
 from .contender import PRECISIONS, Contender, Unavailable, library
 
+ACTIVATIONS = {
+    **{name: name for name in ("identity", "relu", "relu6", "elu", "selu", "celu", "silu", "mish", "tanh", "sigmoid")},
+    **{name: name for name in ("leaky_relu", "softplus")},
+    **{"softsign": "soft_sign", "hardtanh": "hard_tanh", "hardsigmoid": "hard_sigmoid", "hardswish": "hard_swish"},
+}
+OPTIMIZERS = ("sgd", "adam", "adamw")  # JAX has none of its own; these are written out below
+
 
 class JAX(Contender):
     """value_and_grad and the update in one compiled function, which writes over what it is given."""
@@ -23,17 +30,23 @@ class JAX(Contender):
         self.device = self._device()
         if task.precision not in PRECISIONS[task.device]:
             raise Unavailable(f"not compared in {task.precision} on {task.device}")
-        f = {"identity": lambda z: z, "relu": jax.nn.relu, "gelu": lambda z: jax.nn.gelu(z, approximate=False),
-             "tanh": jax.numpy.tanh, "sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}.get(task.activation)  # fmt: skip
-        if f is None:
-            raise Unavailable(f"no {task.activation} here")
-        self.f: Any = f
+        if task.optimizer not in OPTIMIZERS:
+            raise Unavailable(f"no {task.optimizer} here")
+        self.f: Any = self._activation()
         self.theta = jax.device_put([(jax.numpy.asarray(W), jax.numpy.asarray(b)) for W, b in task.weights()],
                                     self.device)  # fmt: skip
         zeros = jax.tree.map(jax.numpy.zeros_like, self.theta)
         self.moments: Any = () if task.optimizer == "sgd" else (zeros, jax.tree.map(jax.numpy.zeros_like, zeros))
         self.count = jax.device_put(jax.numpy.float32(0), self.device)
         self._jitted = jax.jit(self._step, donate_argnums=(0, 1, 2))
+
+    def _activation(self) -> Any:
+        name, nn = self.task.activation, self.jax.nn
+        if name in ("gelu", "gelu_tanh"):
+            return lambda z: nn.gelu(z, approximate=name == "gelu_tanh")
+        if name not in ACTIVATIONS:
+            raise Unavailable(f"no {name} here")
+        return getattr(nn, ACTIVATIONS[name])
 
     def _device(self) -> Any:
         try:

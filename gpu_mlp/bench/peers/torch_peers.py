@@ -16,8 +16,18 @@ from .. import machine
 from ..tasks import Task, Weights
 from .contender import PRECISIONS, Contender, Unavailable, library
 
-ACTIVATIONS = {"identity": "Identity", "relu": "ReLU", "gelu": "GELU", "tanh": "Tanh", "sigmoid": "Sigmoid",
-               "silu": "SiLU", "elu": "ELU", "selu": "SELU"}  # fmt: skip
+ACTIVATIONS = {
+    "identity": "Identity", "relu": "ReLU", "leaky_relu": "LeakyReLU", "elu": "ELU", "selu": "SELU", "celu": "CELU",
+    "gelu": "GELU", "gelu_tanh": "GELU", "silu": "SiLU", "mish": "Mish", "tanh": "Tanh", "sigmoid": "Sigmoid",
+    "softplus": "Softplus", "softsign": "Softsign", "hardtanh": "Hardtanh", "hardsigmoid": "Hardsigmoid",
+    "hardswish": "Hardswish", "relu6": "ReLU6",
+}  # fmt: skip
+OPTIONS = {"gelu_tanh": {"approximate": "tanh"}}
+OPTIMIZERS = {
+    "sgd": "SGD", "momentum": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam", "radam": "RAdam",
+    "adamax": "Adamax", "adagrad": "Adagrad", "adadelta": "Adadelta", "rmsprop": "RMSprop",
+}  # fmt: skip
+FUSED = ("SGD", "Adam", "AdamW", "Adagrad")  # in one pass; the others have one an operation over all parameters
 
 
 class TorchEager(Contender):
@@ -32,6 +42,8 @@ class TorchEager(Contender):
             raise Unavailable("this PyTorch finds no GPU")
         if task.activation not in ACTIVATIONS:
             raise Unavailable(f"no {task.activation} here")
+        if task.optimizer not in OPTIMIZERS:
+            raise Unavailable(f"no {task.optimizer} here")
         if task.precision not in PRECISIONS[task.device]:
             raise Unavailable(f"not compared in {task.precision} on {task.device}")
         torch.set_num_threads(machine.cores())
@@ -49,17 +61,15 @@ class TorchEager(Contender):
             linear.weight.data, linear.bias.data = self.torch.from_numpy(W), self.torch.from_numpy(b)
             modules.append(linear)
             if l < len(self.task.layers) - 1:
-                modules.append(getattr(nn, ACTIVATIONS[self.task.activation])())
+                name = self.task.activation
+                modules.append(getattr(nn, ACTIVATIONS[name])(**OPTIONS.get(name, {})))
         return nn.Sequential(*modules)
 
     def _optimizer(self, **how: Any) -> Any:
-        rule, name = self.task.rule, self.task.optimizer
-        how = how or {"fused": True}
-        kinds = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
-        if name == "sgd":
-            return self.torch.optim.SGD(self.model.parameters(), lr=rule.lr, **how)
-        decay = {"weight_decay": rule.weight_decay} if name == "adamw" else {}  # type: ignore[attr-defined]
-        return getattr(self.torch.optim, kinds[name])(self.model.parameters(), lr=rule.lr, **decay, **how)
+        rule, name = self.task.rule, OPTIMIZERS[self.task.optimizer]
+        how = how or {"fused" if name in FUSED else "foreach": True}
+        given = {key: getattr(rule, key) for key in ("lr", "momentum", "weight_decay") if hasattr(rule, key)}
+        return getattr(self.torch.optim, name)(self.model.parameters(), **given, **how)
 
     def _loss(self, x: Any, y: Any) -> Any:
         with self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.task.precision == "bfloat16"):
@@ -127,6 +137,8 @@ class TorchGraphs(TorchEager):
     def __init__(self, task: Task) -> None:
         if task.device != "cuda":
             raise Unavailable("CUDA graphs are for GPUs")
+        if task.optimizer not in ("sgd", "adam", "adamw"):
+            raise Unavailable(f"not captured with {task.optimizer}")
         super().__init__(task)
         if not self.torch.cuda.is_available():
             raise Unavailable("this PyTorch finds no GPU")
