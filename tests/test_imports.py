@@ -26,6 +26,7 @@ LEAVES = {
     "averaging", "history", "failures", "signals", "metrics", "progress", "tensorfile", "checkpoint", "logs", "notices",
     "parallel", "parallel.ranks", "preprocessing.values",
     "ops.blas", "ops.philox", "ops.choices", "ops.crew_kernels", "ops.formulas", "ops.numba_kernels",
+    "ops.rules",
 }  # fmt: skip
 ROWS = [
     LEAVES,
@@ -59,7 +60,8 @@ LEANS = {  # of the leaves: what each may import of the package
     "losses": {"checks", "activations"},
     "optimizers": {"checks", "activations"},
     "ops.formulas": {"activations"},
-    "ops.numba_kernels": {"ops.formulas"},
+    "ops.numba_kernels": {"ops.formulas", "ops.rules"},
+    "ops.rules": {"optimizers", "ops.formulas"},
     "ops.philox": set(),
     "ops.choices": {"notices", "tensorfile"},
     "checks": set(),

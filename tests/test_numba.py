@@ -17,12 +17,31 @@ import threadpoolctl
 from numba import njit
 from scipy.special import ndtr
 
-from gpu_mlp import EMA, L2, MLP, SGD, Adam, AdamW, Lion, RMSprop, Trainer, activations, ops, precision
-from gpu_mlp.ops import blas, formulas, jobs, numba_kernels, numpy_ops, philox, tape
+from gpu_mlp import (
+    EMA,
+    L2,
+    MLP,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Trainer,
+    activations,
+    ops,
+    precision,
+)  # fmt: skip
+from gpu_mlp.ops import blas, formulas, jobs, numba_kernels, numpy_ops, philox, rules, tape
 from gpu_mlp.ops.formulas import FROM_H, WITH_SLOPE, exp_of_negative, expm1_of_negative, log1p_of_share, normal_tail
 from gpu_mlp.ops.interface import Dropout, Layout, Slot
 from gpu_mlp.ops.numba_ops import NumbaOperations
 from gpu_mlp.ops.numpy_ops import NumpyOperations
+from gpu_mlp.optimizers import OPTIMIZERS
 
 # As the kernels are compiled, but not kept: Numba would not see that a formula in another file has changed.
 kernel = njit(fastmath={"contract"}, error_model="numpy")
@@ -205,6 +224,11 @@ def test_every_activation_but_the_rare_ones_is_a_job():
         RMSprop(weight_decay=0.1),
         RMSprop(momentum=0.9),
         Lion(lr=0.01, weight_decay=0.1),
+        NAdam(weight_decay=0.1),
+        RAdam(),
+        Adamax(),
+        Adagrad(lr_decay=0.1),
+        Adadelta(),
     ],
     ids=repr,
 )
@@ -223,6 +247,33 @@ def test_an_update_has_the_same_bits_wherever_it_is_cut(rule, monkeypatch):
             work.update(t, g, m, rule, Layout([3000, 1], 4), 2000, L2(0.1), 1.5, None, state)
         results.add((t.tobytes(), *(moment.tobytes() for moment in m)))
     assert len(results) == 1
+
+
+def test_which_optimizers_are_jobs():
+    """All but Muon and L-BFGS; not in rare forms, nor one that a user has derived, whose rule may be another."""
+
+    class Own(Adam):
+        """A rule of a user's."""
+
+    there = {name for name, kind in OPTIMIZERS.items() if rules.of(kind()) is not None}
+    assert there == set(OPTIMIZERS) - {"muon", "lbfgs"}
+    assert [rules.of(rare) for rare in (Adam(amsgrad=True), RMSprop(centered=True), Own())] == [None] * 3
+
+
+def test_radam_is_rectified_from_the_step_on_that_the_reference_is():
+    """In the first steps it is momentum alone; then Adam with a factor: both against the reference, step by step."""
+    rng, thetas = np.random.default_rng(0), []
+    gradients = rng.normal(size=(9, 50))
+    for kind in (NumbaOperations, NumpyOperations):
+        work, theta, moments = kind(precision.get("float64")), np.ones(50), [np.zeros(50), np.zeros(50)]
+        state = work.zeros(len(Slot), np.float64)
+        work.write_state(state, {Slot.LEARNING_RATE: 0.1, Slot.LOSS_SCALE: 1})
+        thetas.append([])
+        for g in gradients:
+            work.update(theta, g.copy(), moments, RAdam(), Layout([49, 1], 8), 0, None, None, None, state)
+            work.finish_step(1, state)
+            thetas[-1].append(theta.copy())
+    np.testing.assert_allclose(thetas[0], thetas[1], rtol=1e-13)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 100])

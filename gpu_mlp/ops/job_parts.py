@@ -20,7 +20,7 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from numpy.typing import NDArray
 
-from . import crew_kernels, formulas, numba_kernels
+from . import crew_kernels, formulas, numba_kernels, rules
 from .crew_kernels import blas_dot, blas_gemm, invoke, pointer
 from .formulas import FROM_H, IDENTITY, RELU
 from .interface import CLIP_EPS, Slot
@@ -29,7 +29,9 @@ Array = NDArray[Any]
 ROWS = 64  # of one part of a sum over rows: a fixed order, whatever the number of threads
 FLAT = 1 << 16  # numbers of one part of a sum over θ
 
-_SOURCES = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (crew_kernels, formulas, numba_kernels)))
+_SOURCES = zlib.crc32(
+    b"".join(Path(str(m.__file__)).read_bytes() for m in (crew_kernels, formulas, numba_kernels, rules))
+)
 _OPTIONS: dict[str, Any] = {"nopython": True, "fastmath": {"contract"}, "error_model": "numpy"}
 _STATE = len(Slot)
 _LEARNING_RATE, _STEP, _ROUND = int(Slot.LEARNING_RATE), int(Slot.STEP), int(Slot.ROUND)
@@ -53,10 +55,7 @@ LOSS = _record("z y weight g sums costs state", "rows n step", "smoothing clip")
 SUMS = _record("out terms costs state", "n stride first count costs_count accumulate")
 GATHER = _record("source rows out state", "count length step")
 WEIGHT = _record("weight state", "count")
-SGD = _record("theta g m state", "n step nesterov", "l1 l2 clip_norm decay momentum dampening")
-ADAM = _record("theta g m v state", "n step decoupled epsilon_hat", "l1 l2 clip_norm decay beta1 beta2 eps")
-RMSPROP = _record("theta g v m state", "n step", "l1 l2 clip_norm decay alpha eps momentum")
-LION = _record("theta g m state", "n step", "l1 l2 clip_norm decay beta1 beta2")
+RULE = _record("theta g m v state", "n step decoupled", "l1 l2 clip_norm decay beta1 beta2 eps extra")
 PENALTY = _record("theta costs", "n step dot", "l1 l2")
 FINISH = _record("state", "rows")
 LANES = _record("programs", "count")
@@ -330,95 +329,25 @@ def _clip(state: Array, clip_norm: float) -> float:
     return min(1.0, clip_norm / (state[_NORM] + CLIP_EPS)) if clip_norm else 1.0
 
 
-@_compiled(SGD)
-def sgd(kind: Any) -> Callable[[int, int], None]:
-    """SGD on some of θ, with momentum where there is one."""
+@_compiled(RULE)
+def update(kind: Any, f: int) -> Callable[[int, int], None]:
+    """A step of a rule on some of θ; of a moment that it does not have the address is 0."""
     size = np.dtype(kind).itemsize
 
     def part(record: int, index: int) -> None:
-        r = carray(pointer(record), (1,), SGD)[0]
+        r = carray(pointer(record), (1,), RULE)[0]
         state = carray(pointer(r.state), (_STATE,), np.float64)
         if not _applies(state):
             return
         first, count = _part(r.n, r.step, index)
-        at, clip = first * size, _clip(state, r.clip_norm)
-        theta, g = carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind)
-        numbers = kind(r.l1), kind(r.l2), kind(1 / state[_LOSS_SCALE]), kind(clip), kind(state[_LEARNING_RATE])
-        if not r.m:
-            numba_kernels.sgd(theta, g, *numbers, kind(r.decay))
-            return
-        share = 1.0 if state[_STEP] == 0 else 1 - r.dampening
-        m = carray(pointer(r.m + at), (count,), kind)
-        numba_kernels.momentum(theta, g, m, *numbers, kind(r.decay), kind(r.momentum), kind(share), r.nesterov != 0)
-
-    return part
-
-
-@_compiled(ADAM)
-def adam(kind: Any) -> Callable[[int, int], None]:
-    """Adam on some of θ; both bias corrections are moved into the step size and ε."""
-    size = np.dtype(kind).itemsize
-
-    def part(record: int, index: int) -> None:
-        r = carray(pointer(record), (1,), ADAM)[0]
-        state = carray(pointer(r.state), (_STATE,), np.float64)
-        if not _applies(state):
-            return
-        first, count = _part(r.n, r.step, index)
-        at, clip = first * size, _clip(state, r.clip_norm)
-        lr, step = state[_LEARNING_RATE], state[_STEP] + 1
-        root = np.sqrt(1 - r.beta2**step)
-        step_size, eps = lr * root / (1 - r.beta1**step), r.eps * (1.0 if r.epsilon_hat else root)
+        at, lr = first * size, state[_LEARNING_RATE]
+        a, b, c = rules.coefficients(f, lr, state[_STEP] + 1, r.beta1, r.beta2, r.eps, r.extra)
         decay, shrink = (0.0, 1 - lr * r.decay) if r.decoupled else (r.decay, 1.0)
-        numba_kernels.adam(
-            carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind),
+        numba_kernels.update(
+            f, carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind),
             carray(pointer(r.m + at), (count,), kind), carray(pointer(r.v + at), (count,), kind),
-            kind(r.l1), kind(r.l2), kind(1 / state[_LOSS_SCALE]), kind(clip), kind(decay), kind(shrink),
-            kind(r.beta1), kind(r.beta2), kind(step_size), kind(eps),
-        )  # fmt: skip
-
-    return part
-
-
-@_compiled(RMSPROP)
-def rmsprop(kind: Any) -> Callable[[int, int], None]:
-    """RMSprop on some of θ, not centered; with momentum where there is one."""
-    size = np.dtype(kind).itemsize
-
-    def part(record: int, index: int) -> None:
-        r = carray(pointer(record), (1,), RMSPROP)[0]
-        state = carray(pointer(r.state), (_STATE,), np.float64)
-        if not _applies(state):
-            return
-        first, count = _part(r.n, r.step, index)
-        at, clip = first * size, _clip(state, r.clip_norm)
-        v = carray(pointer(r.v + at), (count,), kind)
-        numba_kernels.rmsprop(
-            carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind), v,
-            carray(pointer(r.m + at), (count,), kind) if r.m else v, kind(r.l1), kind(r.l2),
-            kind(1 / state[_LOSS_SCALE]), kind(clip), kind(state[_LEARNING_RATE]), kind(r.decay), kind(r.alpha),
-            kind(r.eps), kind(r.momentum), r.m != 0,
-        )  # fmt: skip
-
-    return part
-
-
-@_compiled(LION)
-def lion(kind: Any) -> Callable[[int, int], None]:
-    """Lion on some of θ."""
-    size = np.dtype(kind).itemsize
-
-    def part(record: int, index: int) -> None:
-        r = carray(pointer(record), (1,), LION)[0]
-        state = carray(pointer(r.state), (_STATE,), np.float64)
-        if not _applies(state):
-            return
-        first, count = _part(r.n, r.step, index)
-        at, clip, lr = first * size, _clip(state, r.clip_norm), state[_LEARNING_RATE]
-        numba_kernels.lion(
-            carray(pointer(r.theta + at), (count,), kind), carray(pointer(r.g + at), (count,), kind),
-            carray(pointer(r.m + at), (count,), kind), kind(r.l1), kind(r.l2), kind(1 / state[_LOSS_SCALE]),
-            kind(clip), kind(lr), kind(1 - lr * r.decay), kind(r.beta1), kind(r.beta2),
+            kind(r.l1), kind(r.l2), kind(1 / state[_LOSS_SCALE]), kind(_clip(state, r.clip_norm)), kind(decay),
+            kind(shrink), kind(r.beta1), kind(r.beta2), kind(a), kind(b), kind(c),
         )  # fmt: skip
 
     return part

@@ -116,12 +116,13 @@ def total_weight(rows: int, weight: Array | None, state: Array) -> Job:
 
 
 def update(
-    rule: Function, theta: Array, g: Array, moments: Mapping[str, Array], state: Array, threads: int, **numbers: float
+    rule: int, theta: Array, g: Array, moments: Mapping[str, Array], state: Array, threads: int, **numbers: float
 ) -> Job:
-    """A rule of `job_parts` on a part of θ; moments and numbers by their names in its record. clip_norm 0: none."""
+    """A step of a rule of `rules` on a part of θ; moments and numbers by their names in `job_parts.RULE`."""
     parts, step = _ranges(theta.size, theta.size, threads, PASS_PART)
     return _job(
-        rule, parts, theta.dtype, theta=theta, g=g, **moments, state=state, n=theta.size, step=step, **numbers,
+        job_parts.update, parts, theta.dtype, rule, theta=theta, g=g, **moments, state=state, n=theta.size, step=step,
+        **numbers,
     )  # fmt: skip
 
 

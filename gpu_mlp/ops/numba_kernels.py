@@ -1,9 +1,9 @@
 """The passes that a CPU spends its time in beside the GEMMs, each one loop that LLVM makes into vector code.
 
-Leans on `formulas` for the activations. `job_parts` calls them in the place of the reference's passes, which read and
-write their arrays once an operation; these do so once. They hold no lock, so that several threads run them side by
-side. Arrays are C-order, (rows, n) or flat, all of one type; of a part of the columns they are seen as long as a whole
-row. Sums over rows are added to what stands there.
+Leans on `formulas` for the activations and on `rules` for the optimizers. `job_parts` calls them in the place of the
+reference's passes, which read and write their arrays once an operation; these do so once. They hold no lock, so that
+several threads run them side by side. Arrays are C-order, (rows, n) or flat, all of one type; of a part of the columns
+they are seen as long as a whole row. Sums over rows are added to what stands there.
 
 Multiplications and additions may be contracted into one instruction, as nvcc does it; nothing else is rearranged.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from . import rules
 from .formulas import exp_of_negative, formula, slope_from_value, value, value_and_slope
 
 _COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
@@ -173,67 +174,23 @@ def effective(g, theta, l1, l2, unscale, clip):
     return clip * (g * unscale + l1 * np.sign(theta) + l2 * theta)
 
 
-@kernel
-def sgd(theta, g, l1, l2, unscale, clip, lr, weight_decay):
-    """θ ← θ − η (g + weight_decay · θ), g effective. theta, g: (n,)."""
-    for i in range(theta.size):
-        t = theta[i]
-        theta[i] = t - lr * (effective(g[i], t, l1, l2, unscale, clip) + weight_decay * t)
-
-
-@kernel
-def momentum(theta, g, m, l1, l2, unscale, clip, lr, weight_decay, momentum, share, nesterov):
-    """m ← momentum · m + share · g; θ ← θ − η m, or with Nesterov θ − η (g + momentum · m). All (n,)."""
-    for i in range(theta.size):
-        t = theta[i]
-        gi = effective(g[i], t, l1, l2, unscale, clip) + weight_decay * t
-        mi = momentum * m[i] + share * gi
-        m[i] = mi
-        theta[i] = t - lr * (gi + momentum * mi if nesterov else mi)
-
-
-@kernel
-def adam(theta, g, m, v, l1, l2, unscale, clip, decay, shrink, beta1, beta2, step_size, eps):
-    """θ ← shrink · θ; m, v average g and g²; θ ← θ − step_size · m / (√v + eps). All (n,).
+@formula
+def update(f, theta, g, m, v, l1, l2, unscale, clip, decay, shrink, beta1, beta2, a, b, c):
+    """θ, m, v ← those after a step of rule ``f`` (`rules.moved`); m and v are looked at where it has them. All (n,).
 
     g is effective, with decay · θ added to it: the L2 form of weight decay, ``shrink`` the decoupled one.
     """
-    one = theta.dtype.type(1)
+    zero, one = theta.dtype.type(0), theta.dtype.type(1)
     for i in range(theta.size):
         t = theta[i]
         gi = effective(g[i], t, l1, l2, unscale, clip) + decay * t
-        mi = m[i] + (one - beta1) * (gi - m[i])
-        vi = beta2 * v[i] + (one - beta2) * gi * gi
-        m[i] = mi
-        v[i] = vi
-        theta[i] = shrink * t - step_size * mi / (np.sqrt(vi) + eps)
-
-
-@kernel
-def rmsprop(theta, g, v, m, l1, l2, unscale, clip, lr, weight_decay, alpha, eps, momentum, moves):
-    """v averages g²; θ ← θ − lr · g / (√v + eps), or where it ``moves`` with momentum, θ ← θ − lr m. All (n,)."""
-    one = theta.dtype.type(1)
-    for i in range(theta.size):
-        t = theta[i]
-        gi = effective(g[i], t, l1, l2, unscale, clip) + weight_decay * t
-        vi = alpha * v[i] + (one - alpha) * gi * gi
-        v[i] = vi
-        along = gi / (np.sqrt(vi) + eps)
-        if moves:
-            along += momentum * m[i]
-            m[i] = along
-        theta[i] = t - lr * along
-
-
-@kernel
-def lion(theta, g, m, l1, l2, unscale, clip, lr, shrink, beta1, beta2):
-    """θ ← shrink · θ − lr · sign(β₁ m + (1 − β₁) g), then m averages g at rate β₂. All (n,)."""
-    one = theta.dtype.type(1)
-    for i in range(theta.size):
-        t, mi = theta[i], m[i]
-        gi = effective(g[i], t, l1, l2, unscale, clip)
-        theta[i] = shrink * t - lr * np.sign(beta1 * mi + (one - beta1) * gi)
-        m[i] = mi + (one - beta2) * (gi - mi)
+        mi = m[i] if rules.reads_m(f) else zero
+        vi = v[i] if rules.reads_v(f) else zero
+        theta[i], mi, vi = rules.moved(f, shrink * t, gi, mi, vi, beta1, beta2, a, b, c, one)
+        if rules.reads_m(f):
+            m[i] = mi
+        if rules.reads_v(f):
+            v[i] = vi
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ import numpy as np
 from ..activations import Activation
 from ..averaging import EMA
 from ..losses import NLL, CrossEntropy, Loss
-from ..optimizers import SGD, Adam, Lion, Optimizer, RMSprop
+from ..optimizers import SGD, Optimizer
 from ..regularizers import ElasticNet
-from . import blas, formulas, job_parts, jobs, philox, sharing
+from . import blas, formulas, jobs, philox, rules, sharing
 from .crew import crew
 from .exchange import Bucket, Exchange
 from .interface import Dropout, Layout, Recorder, Slot
@@ -347,17 +347,16 @@ class NumbaOperations(NumpyOperations):
         shadow: Array | None,
         state: Array,
     ) -> None:
-        rule = None if shadow is not None else _rule(optimizer)
+        rule = None if shadow is not None else rules.of(optimizer)
         if rule is None:
             arguments = (theta, g, moments, optimizer, layout, n, regularizer, clip_norm, shadow, state)
             self._queue_call(super().update, *arguments)
             return
-        function, names, numbers = rule
-        numbers["clip_norm"] = clip_norm or 0.0
+        numbers = {**rule.numbers, "clip_norm": clip_norm or 0.0}
         for part, penalty in penalised_parts(0, theta.size, n, regularizer):
-            l1, l2 = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
-            mine = {name: moment[part] for name, moment in zip(names, moments)}
-            self._queue(jobs.update(function, theta[part], g[part], mine, state, self._beside, l1=l1, l2=l2, **numbers))
+            numbers["l1"], numbers["l2"] = (0.0, 0.0) if penalty is None else (penalty.l1, penalty.l2)
+            mine = {name: moment[part] for name, moment in zip(rule.moments, moments)}
+            self._queue(jobs.update(rule.number, theta[part], g[part], mine, state, self._beside, **numbers))
 
     def average(self, theta: Array, averaged: Array, rule: EMA, state: Array) -> None:
         self._queue_call(super().average, theta, averaged, rule, state)
@@ -421,21 +420,3 @@ def _mask(dropout: Dropout) -> dict[str, float]:
         "k0": dropout.seed & 0xFFFFFFFF, "k1": dropout.seed >> 32, "layer": dropout.layer,
         "first_row": dropout.first_row,
     }  # fmt: skip
-
-
-def _rule(optimizer: Optimizer) -> tuple[job_parts.Function, str, dict[str, float]] | None:
-    """The job of a rule, its moments in the job's record, in the rule's order, and its numbers; None without one."""
-    if type(optimizer) is SGD:
-        numbers = {"momentum": optimizer.momentum, "dampening": optimizer.dampening, "nesterov": optimizer.nesterov}
-        return job_parts.sgd, "m", {**numbers, "decay": optimizer.weight_decay}
-    if isinstance(optimizer, Adam) and not optimizer.amsgrad:
-        numbers = {"beta1": optimizer.betas[0], "beta2": optimizer.betas[1], "eps": optimizer.eps}
-        numbers |= {"decay": optimizer.weight_decay, "decoupled": optimizer.decoupled}
-        return job_parts.adam, "mv", {**numbers, "epsilon_hat": optimizer.epsilon_hat}
-    if type(optimizer) is RMSprop and not optimizer.centered:
-        numbers = {"alpha": optimizer.alpha, "eps": optimizer.eps, "momentum": optimizer.momentum}
-        return job_parts.rmsprop, "vm", {**numbers, "decay": optimizer.weight_decay}
-    if type(optimizer) is Lion:
-        numbers = {"beta1": optimizer.betas[0], "beta2": optimizer.betas[1], "decay": optimizer.weight_decay}
-        return job_parts.lion, "m", numbers
-    return None
