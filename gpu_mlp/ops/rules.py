@@ -31,9 +31,11 @@ def of(optimizer: Optimizer) -> Rule | None:
     """The rule of an optimizer; None for one that is no job: with ``amsgrad`` or ``centered``, Muon, a user's own."""
     if type(optimizer) not in OPTIMIZERS.values():
         return None
-    given = {name: getattr(optimizer, name) for name in ("eps",) if hasattr(optimizer, name)}
-    given["decay"] = getattr(optimizer, "weight_decay", 0.0)
-    given["decoupled"] = getattr(optimizer, "decoupled", getattr(optimizer, "decoupled_weight_decay", False))
+    given = {
+        "decay": getattr(optimizer, "weight_decay", 0.0),
+        "decoupled": getattr(optimizer, "decoupled", getattr(optimizer, "decoupled_weight_decay", False)),
+        "eps": getattr(optimizer, "eps", 0.0),
+    }
     if hasattr(optimizer, "betas"):
         given["beta1"], given["beta2"] = optimizer.betas
     match optimizer:
