@@ -1,6 +1,8 @@
 """The activations of a CPU's compiled jobs, as formulas of one number in float32 without a table or a branch.
 
-A leaf: Numba and NumPy. LLVM writes them into the loops of `numba_kernels`, eight or sixteen numbers at a time. What is
+A leaf: Numba, and the constants of `activations`.
+
+LLVM writes them into the loops of `numba_kernels`, eight or sixteen numbers at a time. What is
 meant by each is in `gpu_mlp/activations.py`; to how many digits they are right, in `tests/test_numba.py`. Infinities
 and NaN go where the formulas there take them.
 

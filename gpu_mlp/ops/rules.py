@@ -1,6 +1,8 @@
 """The optimizers of the compiled jobs: what a step's coefficients are, and what they make of one parameter.
 
-A leaf: Numba and NumPy. The rules themselves, with their sources, are in `gpu_mlp/optimizers.py`; here each is written
+A leaf: Numba, and the types of `optimizers`.
+
+The rules themselves, with their sources, are in `gpu_mlp/optimizers.py`; here each is written
 once more as formulas that LLVM writes into one loop over θ, which reads and writes every array once. A job is compiled
 for the number of its rule, so that of a chain of ifs over it one branch is left.
 """
