@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 
 import pytest
 from cuda_on_cpu import fake_cupy, libraries
 
-RECORD = json.loads(libraries.RECORD.read_text())["names"]
+RECORD = libraries.recorded()
 HERE = dict(libraries.names(fake_cupy.MODULES))
 # What the emulator has for itself, and what only CuPy makes, with arguments of its own.
 OWN = {"drain", "living", "refuse_capture", "stack", "submit", "device", "on_device", "is_stand_in"}

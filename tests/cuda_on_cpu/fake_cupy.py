@@ -12,18 +12,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.machinery
-import json
 import math
 import os
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import compiler, fake_cublas, fake_cublaslt, fake_nccl, streams
+from . import compiler, fake_cublas, fake_cublaslt, fake_nccl, libraries, streams
 from .emulator import Emulator, Pointer, fill
 from .streams import CUDARuntimeError, Event, Graph, Order, Stream
 
@@ -47,8 +45,8 @@ ATTRIBUTES = {
     "ComputeCapabilityMajor": 9,
     "ComputeCapabilityMinor": 0,
 }
-_RECORD = json.loads(Path(__file__).with_name("libraries.json").read_text())["names"]
-NUMPYS_ALONE = [name for name in dir(np.ndarray) if name[0] != "_" and f"cupy.ndarray.{name}" not in _RECORD]
+_RECORDED = libraries.recorded()
+NUMPYS_ALONE = [name for name in dir(np.ndarray) if name[0] != "_" and f"cupy.ndarray.{name}" not in _RECORDED]
 NAME = "Emulated GPU"
 MEMORY = 8 << 30
 

@@ -22,6 +22,12 @@ from typing import Any
 RECORD = Path(__file__).with_name("libraries.json")
 
 
+def recorded() -> dict[str, Any]:
+    """What is kept of every name."""
+    names: dict[str, Any] = json.loads(RECORD.read_text())["names"]
+    return names
+
+
 def names(modules: dict[str, types.ModuleType]) -> Iterator[tuple[str, Any]]:
     """(dotted name, object) of everything public in the stand-ins' modules and in the classes there."""
     for module, contents in modules.items():
