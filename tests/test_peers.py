@@ -51,8 +51,8 @@ def test_first_updates_are_the_references(name, activation, optimizer):
 def test_every_activation_and_optimizer_is_the_references_or_not_there(name, task):
     pytest.importorskip(INSTALLED[name])
     task = dataclasses.replace(task, sizes=TASK.sizes, batch=TASK.batch)
-    rules = jax_peer.OPTIMIZERS if name == "JAX jit" else torch_peers.OPTIMIZERS
-    shapes = {*jax_peer.ACTIVATIONS, "gelu", "gelu_tanh"} if name == "JAX jit" else torch_peers.ACTIVATIONS
+    peer = jax_peer if name == "JAX jit" else torch_peers
+    rules, shapes = peer.OPTIMIZERS, peer.ACTIVATIONS
     if task.activation not in shapes or task.optimizer not in rules:
         assert task.activation in ("sine", "relu_squared") or task.optimizer not in ("sgd", "adam", "adamw")
         with pytest.raises(Unavailable, match=task.activation if task.activation not in shapes else task.optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 from ..tasks import Task, Weights
 from .contender import PRECISIONS, Contender, Unavailable, library
 
+_SAME = ("identity", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",
+         "softplus")  # fmt: skip
 ACTIVATIONS = {
-    **{name: name for name in ("identity", "relu", "relu6", "elu", "selu", "celu", "silu", "mish", "tanh", "sigmoid")},
-    **{name: name for name in ("leaky_relu", "softplus")},
-    **{"softsign": "soft_sign", "hardtanh": "hard_tanh", "hardsigmoid": "hard_sigmoid", "hardswish": "hard_swish"},
+    **dict(zip(_SAME, _SAME)),
+    **{"gelu_tanh": "gelu", "softsign": "soft_sign", "hardtanh": "hard_tanh", "hardsigmoid": "hard_sigmoid"},
+    "hardswish": "hard_swish",
 }
+OPTIONS = {"gelu": {"approximate": False}}
 OPTIMIZERS = ("sgd", "adam", "adamw")  # JAX has none of its own; these are written out below
 
 
@@ -32,21 +36,16 @@ class JAX(Contender):
             raise Unavailable(f"not compared in {task.precision} on {task.device}")
         if task.optimizer not in OPTIMIZERS:
             raise Unavailable(f"no {task.optimizer} here")
-        self.f: Any = self._activation()
+        if task.activation not in ACTIVATIONS:
+            raise Unavailable(f"no {task.activation} here")
+        f = getattr(jax.nn, ACTIVATIONS[task.activation])
+        self.f: Any = functools.partial(f, **OPTIONS.get(task.activation, {}))
         self.theta = jax.device_put([(jax.numpy.asarray(W), jax.numpy.asarray(b)) for W, b in task.weights()],
                                     self.device)  # fmt: skip
         zeros = jax.tree.map(jax.numpy.zeros_like, self.theta)
         self.moments: Any = () if task.optimizer == "sgd" else (zeros, jax.tree.map(jax.numpy.zeros_like, zeros))
         self.count = jax.device_put(jax.numpy.float32(0), self.device)
         self._jitted = jax.jit(self._step, donate_argnums=(0, 1, 2))
-
-    def _activation(self) -> Any:
-        name, nn = self.task.activation, self.jax.nn
-        if name in ("gelu", "gelu_tanh"):
-            return lambda z: nn.gelu(z, approximate=name == "gelu_tanh")
-        if name not in ACTIVATIONS:
-            raise Unavailable(f"no {name} here")
-        return getattr(nn, ACTIVATIONS[name])
 
     def _device(self) -> Any:
         try:
